@@ -1,0 +1,233 @@
+"""Image processor of tqdm: pixels and label maps in, semantic maps out.
+
+By default an image keeps its size, for the model pads to whole patches and slides its windows by itself. The published
+evaluations fit the image into a box first, with `do_resize=True` and these sizes (both enlarge small images, too):
+
+    Cityscapes, Mapillary Vistas    size={"shortest_edge": 1024, "longest_edge": 2048}    the default `size`
+    BDD100K                         size={"shortest_edge": 720, "longest_edge": 1280}
+
+Letters: B batch, K classes, H W image.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_processing_utils import BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+    is_valid_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import ModelOutput, TensorType
+
+
+class TqdmImageProcessorKwargs(ImagesKwargs, total=False):
+    """Options beyond those of every image processor.
+
+    antialias: low-pass filter before shrinking. Off by default: the published results come from OpenCV, which has none.
+    """
+
+    antialias: bool
+
+
+class TqdmImageProcessor(TorchvisionBackend):
+    """Turns images into `pixel_values` and label maps into `labels`, and `logits` into semantic maps.
+
+    The class attributes are the defaults; each can be set when the processor is made and again in every call. `size`
+    holds "shortest_edge" and "longest_edge" for a box that is filled keeping the shape (see `fitted_size`), or "height"
+    and "width" for exactly this size, stretching the image.
+    """
+
+    valid_kwargs = TqdmImageProcessorKwargs
+    do_convert_rgb = True
+    do_resize = False
+    size = {"shortest_edge": 1024, "longest_edge": 2048}
+    resample = PILImageResampling.BILINEAR
+    antialias = False
+    do_rescale = True
+    do_normalize = True
+    # CLIP's; the EVA02 towers were trained with the same.
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[TqdmImageProcessorKwargs],
+    ) -> BatchFeature:
+        """`pixel_values`, and `labels` if there are segmentation maps: lists, or one tensor each with `return_tensors`.
+
+        images: one or several PIL images, uint8 arrays or tensors -> `pixel_values` (3, H, W) float32 each.
+        segmentation_maps: one map of class ids per image, as large as the image: a PIL image of mode "P" (the palette
+            indices count, not the colours), "L" or "I", or an integer array or tensor (H, W) -> `labels` (H, W) int64
+            each. They are resized with their images, by nearest neighbour, and otherwise left alone.
+        Raises ValueError for maps that do not fit the images or hold no class ids, and for images of different sizes
+        with `return_tensors`.
+        """
+        return super().preprocess(images, segmentation_maps, **kwargs)
+
+    def post_process_semantic_segmentation(
+        self,
+        outputs: ModelOutput,
+        target_sizes: list[tuple[int, int]] | Tensor | None = None,
+        return_segmentation_scores: bool = False,
+    ) -> list[Tensor] | list[BatchFeature]:
+        """The class id of every pixel: a list of B maps (h, w) int64, on the device of `outputs.logits` (B, K, H, W).
+
+        target_sizes: B pairs (height, width) that the scores are brought to before classes are compared; None keeps
+            (H, W). Raises ValueError when there are not B of them.
+        return_segmentation_scores: give for every image the map and what it was decided by, as the fields
+            `segmentation` (h, w) and `segmentation_scores` (K, h, w).
+        """
+        logits = outputs.logits  # (B, K, H, W)
+        if target_sizes is None:
+            target_sizes = [logits.shape[-2:]] * len(logits)
+        if len(target_sizes) != len(logits):
+            raise ValueError(
+                f"{len(target_sizes)} target_sizes for a batch of {len(logits)}; pass one (height, width) per image"
+            )
+        results = []
+        for scores, (height, width) in zip(logits, target_sizes, strict=True):
+            scores = F.interpolate(scores[None], (int(height), int(width)), mode="bilinear", align_corners=False)[0]
+            result = scores.argmax(0)  # (h, w)
+            if return_segmentation_scores:
+                # The plain parent of the library's class for this, which transformers 5.10 does not have yet.
+                result = BatchFeature({"segmentation": result, "segmentation_scores": scores})
+            results.append(result)
+        return results
+
+    def resize(
+        self,
+        image: Tensor,
+        size: SizeDict,
+        resample: PILImageResampling | InterpolationMode | int | None = None,
+        antialias: bool = False,
+        **kwargs,
+    ) -> Tensor:
+        """image (..., H, W) -> (..., h, w) of the same dtype."""
+        if size.shortest_edge and size.longest_edge:
+            height, width = fitted_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
+            size = SizeDict(height=height, width=width)
+        # In float32, for bytes would be interpolated in fixed point, differently from one kind of CPU to the next.
+        resized = super().resize(image.to(torch.float32), size, resample=resample, antialias=antialias)
+        if not image.is_floating_point():
+            limits = torch.iinfo(image.dtype)  # bicubic overshoots them
+            resized = resized.round().clamp(limits.min, limits.max)
+        return resized.to(image.dtype)
+
+    def _validate_preprocess_kwargs(
+        self, do_center_crop: bool | None = None, do_pad: bool | None = None, **kwargs
+    ) -> None:
+        """Raises ValueError for options that do not go together, or that labels could not follow."""
+        if do_center_crop or do_pad:
+            raise ValueError(
+                "TqdmImageProcessor neither crops nor pads, as the model takes any image size: leave out do_center_crop"
+                ' and do_pad; for one size in a batch use do_resize=True with size={"height": ..., "width": ...}'
+            )
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        return_tensors: str | TensorType | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        """`pixel_values` and, for given segmentation maps, `labels`."""
+        images = self._prepare_image_like_inputs(images, **kwargs)  # list of (3, H, W)
+        data = {"pixel_values": self._preprocess(images, **kwargs)}
+        if segmentation_maps is not None:
+            data["labels"] = self._preprocess_maps(segmentation_maps, images, **kwargs)
+        sizes = list(dict.fromkeys(_size_text(image) for image in data["pixel_values"]))
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(
+                f"images of different sizes ({', '.join(sizes)}) do not fit into one tensor; call the processor for "
+                'each, leave out return_tensors, or use do_resize=True with size={"height": ..., "width": ...}'
+            )
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _preprocess(
+        self,
+        images: list[Tensor],
+        do_resize: bool,
+        size: SizeDict,
+        resample: PILImageResampling | InterpolationMode | int | None,
+        antialias: bool,
+        **kwargs,
+    ) -> list[Tensor]:
+        """images (3, H, W) each -> resized here, then rescaled and normalised by the base class: float32 each."""
+        if do_resize:
+            images = [self.resize(image, size, resample, antialias) for image in images]
+        features = super()._preprocess(
+            images, do_resize=False, size=size, resample=resample, return_tensors=None, **kwargs
+        )
+        return [image.to(torch.float32) for image in features["pixel_values"]]
+
+    def _preprocess_maps(
+        self, segmentation_maps: ImageInput, images: list[Tensor], do_resize: bool, size: SizeDict, **kwargs
+    ) -> list[Tensor]:
+        """Checks the maps against the images (3, H, W), before any resizing -> labels (H, W) int64 each."""
+        if not isinstance(segmentation_maps, (list, tuple)):
+            stacked = getattr(segmentation_maps, "ndim", 2) > 2 and len(segmentation_maps) == len(images)
+            segmentation_maps = list(segmentation_maps) if stacked else [segmentation_maps]
+        if len(segmentation_maps) != len(images):
+            raise ValueError(f"{len(images)} images but {len(segmentation_maps)} segmentation maps; pass one per image")
+        labels = []
+        for index, (segmentation_map, image) in enumerate(zip(segmentation_maps, images, strict=True)):
+            label = _class_ids(segmentation_map, index).to(image.device)
+            if label.shape != image.shape[-2:]:
+                raise ValueError(
+                    f"segmentation map {index} is {_size_text(label)}, its image {_size_text(image)} (height x width); "
+                    "pass the map that was drawn for this image, at the same size"
+                )
+            if do_resize:
+                # Pixel centres meet pixel centres, as in the bilinear resize of the image.
+                label = self.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
+            labels.append(label)
+        return labels
+
+
+def fitted_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
+    """(height, width) of an image scaled, up or down, to the largest that fits the box, either way round.
+
+    The common factor is min(longest_edge / longer side, shortest_edge / shorter side); sides are rounded half up, as
+    mmcv does; the library's own rule for these two keys cuts off. 1216 x 2160 in a box of 1024, 2048 -> 1024 x 1819.
+    """
+    factor = min(longest_edge / max(height, width), shortest_edge / min(height, width))
+    return int(height * factor + 0.5), int(width * factor + 0.5)
+
+
+def _class_ids(segmentation_map: ImageInput, index: int) -> Tensor:
+    """The ids in one segmentation map, (H, W) int64, or (1, H, W) or (H, W, 1) before. `index` is for the errors."""
+    if not is_valid_image(segmentation_map):
+        raise ValueError(
+            f"segmentation map {index} is of type {type(segmentation_map).__name__}; pass a PIL image "
+            "(PIL.Image.open), an array or a tensor"
+        )
+    # np.array reads the indices of a palette image.
+    ids = segmentation_map if isinstance(segmentation_map, Tensor) else torch.from_numpy(np.array(segmentation_map))
+    shape = tuple(ids.shape)
+    if ids.ndim == 3 and 1 in (shape[0], shape[-1]):
+        ids = ids[0] if shape[0] == 1 else ids[..., 0]
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise ValueError(
+            f"segmentation map {index} has shape {shape} and dtype {ids.dtype}, but must hold one integer class id per "
+            "pixel; translate colours to ids first, or open the palette or grey PNG without convert('RGB')"
+        )
+    return ids.to(torch.int64)
+
+
+def _size_text(image: Tensor) -> str:
+    """'480x640' for an image (..., 480, 640)."""
+    return "x".join(map(str, image.shape[-2:]))
+
+
+__all__ = ["TqdmImageProcessor"]

@@ -1,0 +1,195 @@
+"""Building blocks shared by the towers and decoders: attention behind transformers' interface, feed-forward, base class."""
+
+import importlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+
+class TqdmBaseModel(PreTrainedModel):
+    """What the towers and the whole model share: initialisation rules and loading traits.
+
+    Modules with rules of their own carry an `initialise()` that uses `transformers.initialization`, whose functions leave
+    loaded weights alone. Everything else starts as torch's constructors leave it, as in the published code.
+    """
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _no_split_modules = ["VisionBlock", "TextBlock", "PixelDecoderLayer", "MaskDecoderLayer"]
+
+    def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
+        # transformers skips remote-code modules without parameters of their own, so rules such as the grid of the
+        # deformable attention would silently never run; every function of `init` is safe on loaded weights.
+        if not getattr(module, "_is_hf_initialized", False):
+            self._init_weights(module)
+            module._is_hf_initialized = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))
+            if module.bias is not None:
+                bound = 1 / math.sqrt(nn.init._calculate_fan_in_and_fan_out(module.weight)[0])
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d | nn.SyncBatchNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                init.zeros_(module.running_mean)
+                init.ones_(module.running_var)
+                init.zeros_(module.num_batches_tracked)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight)
+        elif hasattr(module, "initialise"):
+            module.initialise()
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """The written-out attention, in the signature of transformers' attention functions."""
+    scores = query @ key.transpose(-1, -2) * scaling  # (B, heads, Q, N)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def xformers_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`attn_implementation="xformers"`: memory-efficient attention of the xformers package, on a GPU."""
+    try:
+        ops = importlib.import_module("xformers.ops")
+    except ImportError as error:
+        raise ImportError(
+            'attn_implementation="xformers" needs the xformers package: pip install xformers, or choose "sdpa"'
+        ) from error
+    if attention_mask is not None:
+        heads, length = query.shape[1], key.shape[2]
+        # xformers reads the bias in steps of eight: the last dimension of its storage has to be padded to that.
+        padded = nn.functional.pad(attention_mask.to(query.dtype), (0, -length % 8))
+        attention_mask = padded.expand(query.shape[0], heads, query.shape[2], -1)[..., :length]
+    output = ops.memory_efficient_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_bias=attention_mask, scale=scaling
+    )  # (B, Q, heads, head size)
+    return output, None
+
+
+AttentionInterface.register("xformers", xformers_attention_forward)
+
+
+def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on adjacent pairs; tokens (B, heads, 1 + N, d), cos and sin (N, d). Token 0, the class, stays."""
+    patches = tokens[:, :, 1:]
+    turned = torch.stack((-patches[..., 1::2], patches[..., 0::2]), -1).flatten(-2)  # (B, heads, N, d)
+    return torch.cat((tokens[:, :, :1], (patches * cos + turned * sin).to(tokens.dtype)), 2)
+
+
+class TqdmAttention(nn.Module):
+    """Multi-head attention with separate projections, through the attention function that the configuration names."""
+
+    # Read by the sdpa and flash functions of transformers, which otherwise assume a causal mask.
+    is_causal = False
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        hidden_size: int,
+        num_heads: int,
+        query_value_bias: bool = True,
+        key_bias: bool = True,
+        inner_norm_eps: float | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.num_heads = num_heads
+        self.scaling = (hidden_size // num_heads) ** -0.5
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=query_value_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=key_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=query_value_bias)
+        self.inner_norm = nn.Identity() if inner_norm_eps is None else nn.LayerNorm(hidden_size, eps=inner_norm_eps)
+        self.out_proj = nn.Linear(hidden_size, hidden_size)
+
+    def initialise(self) -> None:
+        """Xavier over the stacked (3 C, C) projection, zero biases: the start of `nn.MultiheadAttention`."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            init.xavier_uniform_(projection.weight, gain=2**-0.5)  # the bound of (3 C, C), reached from (C, C)
+            if projection.bias is not None:
+                init.zeros_(projection.bias)
+        init.zeros_(self.out_proj.bias)
+
+    def forward(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """queries (B, Q, C), keys and values (B, N, C), additive attention_mask (B or 1, 1, Q, N) -> (B, Q, C)."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
+        )  # (B, heads, Q or N, C / heads)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0)
+        return self.out_proj(self.inner_norm(output.flatten(2)))
+
+
+class FeedForward(nn.Module):
+    """Linear, activation, linear; with dropout after each where a rate is given."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str, dropout: float = 0.0):
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.activation = ACT2FN[activation]
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., C)."""
+        return self.dropout(self.fc2(self.dropout(self.activation(self.fc1(x)))))
+
+
+def additive_mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    """blocked (B, Q, N) bool -> (B, 1, Q, N) in dtype: 0 where open, the most negative number where blocked."""
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)[:, None]
+
+
+def initialise_clip_block(block: nn.Module, width: int, num_layers: int) -> None:
+    """CLIP's scaled normal start of one pre-norm block with `attention` (and `ffn`, if it is a `FeedForward`)."""
+    out_std = (2 * width * num_layers) ** -0.5
+    scales = {block.attention.out_proj: out_std}
+    scales |= {p: width**-0.5 for p in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)}
+    if isinstance(block.ffn, FeedForward):
+        scales |= {block.ffn.fc1: (2 * width) ** -0.5, block.ffn.fc2: out_std}
+    for linear, std in scales.items():
+        init.normal_(linear.weight, std=std)
+        if linear.bias is not None:
+            init.zeros_(linear.bias)

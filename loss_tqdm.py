@@ -1,0 +1,159 @@
+"""Losses of tqdm: fixed matching of query q to class q, over all layers at once, and the three regularisers.
+
+Letters: B batch, K classes = textual queries, L predictions (bare queries and every layer), M supervised masks, P points,
+E image-text width, H, W image, h, w mask logits.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises ValueError for labels of another size or with ids that are no class.
+
+    On a GPU the ids are checked by an assertion on the device, so that nothing waits for it.
+    """
+    expected = (len(pixel_values), *pixel_values.shape[-2:])
+    if tuple(labels.shape) != expected:
+        raise ValueError(
+            f"labels are {tuple(labels.shape)} and must be {expected}, (batch, height, width) of pixel_values; resize "
+            "them together with the images (nearest neighbour)"
+        )
+    if torch.compiler.is_compiling():
+        return
+    known = ((labels >= 0) & (labels < num_classes) | (labels == ignore_index)).all()
+    message = f"labels must be 0 ... {num_classes - 1} (id2label) or {ignore_index} (ignored)"
+    if labels.is_cuda:
+        torch._assert_async(known, message)
+    elif not known:
+        unknown = [i for i in labels.unique().tolist() if i != ignore_index and not 0 <= i < num_classes]
+        raise ValueError(f"{message}, and these hold {unknown}; map them, or add the classes to id2label")
+
+
+def supervised_masks(labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+    """Image and class (M, 2) of every class present in labels (B, H, W): images in order, classes ascending.
+
+    The number of rows depends on the values, so calling this on a GPU waits for the device; a data loader calls it on
+    the CPU and passes the result to the model.
+    """
+    slots = torch.where(labels == ignore_index, num_classes, labels).flatten(1)  # (B, H W)
+    present = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
+    return present.scatter_(1, slots, True)[:, :num_classes].nonzero()
+
+
+def sample_labels(labels: Tensor, mask_index: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples (L, M, P), in 0 ... 1, of the binary masks `labels[image] == class` at points (L, M, P, 2).
+
+    points are x, y in 0 ... 1 of the image. Equal to sampling the full-size masks (zero outside), without making them.
+    """
+    height, width = labels.shape[-2:]
+    image, wanted = mask_index.T[:, :, None]  # (M, 1) each
+    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)  # (L, M, P), in pixels
+    left, top = x.floor(), y.floor()
+    samples = torch.zeros_like(x)
+    for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        index = (image * height + row.clamp(0, height - 1).long()) * width + column.clamp(0, width - 1).long()
+        hit = inside & (labels.flatten()[index] == wanted)
+        samples = samples + hit * (1 - (x - column).abs()) * (1 - (y - row).abs())
+    return samples
+
+
+def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
+    """Bilinear samples (L, M, P) of mask logits (L, M, h, w), zero outside, at points (L, M, P, 2), x, y in 0 ... 1."""
+    logits = mask_logits.flatten(0, 1)[:, None]  # (L M, 1, h, w)
+    grid = (2 * points - 1).flatten(0, 1)[:, None].to(logits.dtype)  # (L M, 1, P, 2)
+    return F.grid_sample(logits, grid, align_corners=False).view(points.shape[:-1])
+
+
+@torch.no_grad()
+def choose_points(
+    mask_logits: Tensor, extent: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float
+) -> Tensor:
+    """Random points (L, M, P, 2), x, y in 0 ... 1 of the image: most of them where the masks are least certain.
+
+    mask_logits (L, M, h, w); extent (2): the image's share x, y of what the logits cover. Of num_points times
+    oversample_ratio uniform points the importance_sample_ratio part with the smallest |logit| is kept, the rest drawn anew.
+    """
+    predictions, masks = mask_logits.shape[:2]
+    uncertain = int(importance_sample_ratio * num_points)
+    candidates = torch.rand(
+        predictions, masks, int(num_points * oversample_ratio), 2, device=mask_logits.device
+    )  # (L, M, S, 2)
+    certainty = sample_logits(mask_logits, candidates * extent).abs()  # (L, M, S)
+    index = certainty.topk(uncertain, -1, largest=False, sorted=False).indices  # (L, M, U)
+    chosen = candidates.gather(2, index[..., None].expand(-1, -1, -1, 2))
+    fresh = torch.rand(predictions, masks, num_points - uncertain, 2, device=mask_logits.device)
+    return torch.cat((chosen, fresh), 2)
+
+
+def class_loss(class_logits: Tensor, mask_index: Tensor, no_object_weight: float) -> Tensor:
+    """Weighted cross-entropy (L) of class logits (B, L, K, K + 1): query q is class q where present, else no object.
+
+    sum(w CE) / sum(w) over all B K queries, with w = 1 for classes and no_object_weight for no object.
+    """
+    batch, predictions, classes, _ = class_logits.shape
+    targets = torch.full((batch, classes), classes, device=class_logits.device)
+    image, wanted = mask_index.unbind(-1)
+    targets = targets.index_put((image, wanted), wanted)  # (B, K)
+    weights = torch.where(targets == classes, no_object_weight, 1.0)  # (B, K)
+    targets = targets[:, None].expand(-1, predictions, -1)  # (B, L, K)
+    entropy = F.cross_entropy(class_logits.float().flatten(0, 2), targets.flatten(), reduction="none")
+    return (entropy.view(batch, predictions, classes) * weights[:, None]).sum((0, 2)) / weights.sum()
+
+
+def mask_loss(point_logits: Tensor, targets: Tensor, num_masks: Tensor) -> Tensor:
+    """Binary cross-entropy (L): mean over the points, summed over the masks / num_masks; all (L, M, P)."""
+    entropy = F.binary_cross_entropy_with_logits(point_logits, targets, reduction="none")
+    return entropy.mean(-1).sum(-1) / num_masks
+
+
+def dice_loss(point_logits: Tensor, targets: Tensor, num_masks: Tensor) -> Tensor:
+    """1 - (2 sum(p t) + 1) / (sum(p) + sum(t) + 1) with p = sigmoid(logits), summed over masks / num_masks: (L).
+
+    point_logits, targets (L, M, P); num_masks scalar >= 1. Zero, still on the graph, when M is 0.
+    """
+    p = point_logits.sigmoid()
+    dice = 1 - (2 * (p * targets).sum(-1) + 1) / (p.sum(-1) + targets.sum(-1) + 1)  # (L, M)
+    return dice.sum(-1) / num_masks
+
+
+def average_num_masks(mask_index: Tensor) -> Tensor:
+    """Number of supervised masks, averaged over the processes and at least 1: scalar."""
+    count = torch.full((), float(len(mask_index)), device=mask_index.device)
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count.clamp(min=1)
+
+
+def textual_loss(text_embeddings: Tensor, reference: Tensor) -> Tensor:
+    """Cross-entropy of the cosines of each class's query with all reference texts (paper equation 5), no temperature.
+
+    text_embeddings (B, K, E); reference (K, E) of unit length. Scalar; never below log(1 + (K - 1) e^-2).
+    """
+    cosines = F.normalize(text_embeddings.float(), dim=-1) @ reference.float().T  # (B, K, K)
+    targets = torch.arange(len(reference), device=reference.device).expand(len(cosines), -1)  # (B, K)
+    return F.cross_entropy(cosines.flatten(0, 1), targets.flatten())
+
+
+def visual_loss(image_embedding: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared distance of image embeddings (B, E) from the frozen tower's (B, E), neither normalised. Scalar."""
+    return F.mse_loss(image_embedding.float(), reference.float())
+
+
+def score_map_loss(
+    score_map: Tensor, labels: Tensor, covered: tuple[int, int], temperature: float, over: str, ignore_index: int
+) -> Tensor:
+    """Cross-entropy of the score map / temperature, enlarged to the labels (paper equation 7). Scalar.
+
+    score_map (B, K, h, w) of cosines covers an area of `covered` (rows, columns) pixels, of which labels (B, H, W) are the
+    top left. over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count
+    in the denominator, as published.
+    """
+    height, width = labels.shape[-2:]
+    logits = F.interpolate(score_map.float() / temperature, covered, mode="bilinear", align_corners=False)
+    entropy = F.cross_entropy(logits[..., :height, :width], labels, ignore_index=ignore_index, reduction="sum")
+    return entropy / (labels.numel() if over == "all" else (labels != ignore_index).sum().clamp(min=1))

@@ -1,0 +1,316 @@
+"""tqdm, the Textual Query-Driven Mask Transformer (Pak et al., ECCV 2024, arXiv 2407.09033), for transformers.
+
+    image ──> vision tower ──> 4 maps ───────────────> pixel decoder ──> pixels, pyramid ─┐
+                   │                                        ↑ text-to-pixel attention     ├──> mask decoder ──> class and
+                   └──> tokens ──> context decoder ──> textual queries ───────────────────┘                    mask logits
+    class names ──> frozen text tower ─────┘
+
+Letters: B batch, K classes = textual queries, N pixel tokens, C hidden width, D vision width, T text width, E image-text
+width, H, W image, h, w feature map, L predictions (bare queries, then every layer), P sampled points, M supervised masks.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .backbone_tqdm import TqdmVisionModel
+from .configuration_tqdm import TqdmConfig
+from .layers_tqdm import TqdmBaseModel
+from .loss_tqdm import (
+    average_num_masks,
+    check_labels,
+    choose_points,
+    class_loss,
+    dice_loss,
+    mask_loss,
+    sample_labels,
+    sample_logits,
+    score_map_loss,
+    supervised_masks,
+    textual_loss,
+    visual_loss,
+)
+from .mask_decoder_tqdm import MaskDecoder
+from .pixel_decoder_tqdm import PixelDecoder
+from .text_tqdm import TextualQueries
+
+# Lets `pipeline("image-segmentation")` know the class, so that it does not report it as unsupported.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanticSegmentation")
+
+
+@dataclass
+class TqdmModelOutput(ModelOutput):
+    """Raw predictions; class and mask logits start with the bare queries and end with the last layer.
+
+    class_logits (B, L, K, K + 1): the last column is "no object".
+    mask_logits (B, L, K, h, w): at a quarter of the image, before the sigmoid.
+    score_map (B, K, h, w): cosine of every patch with every class text.
+    text_embeddings (B, K, E): the textual queries after the context decoder.
+    image_embedding (B, E): the image in the image-text space, not normalised.
+    """
+
+    class_logits: Tensor | None = None
+    mask_logits: Tensor | None = None
+    score_map: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    image_embedding: Tensor | None = None
+
+
+@dataclass
+class TqdmSemanticSegmenterOutput(ModelOutput):
+    """Per-pixel scores, the raw predictions of `TqdmModelOutput`, and in training the losses.
+
+    loss: sum of `losses`, which holds every weighted term by name.
+    logits (B, K, H, W): sum over queries of class probability times mask probability, at the size of the input. Scores
+    >= 0 whose argmax is the label map; no distribution. After sliding windows the only field.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    losses: dict[str, Tensor] | None = None
+    class_logits: Tensor | None = None
+    mask_logits: Tensor | None = None
+    score_map: Tensor | None = None
+    text_embeddings: Tensor | None = None
+    image_embedding: Tensor | None = None
+
+
+class TqdmPreTrainedModel(TqdmBaseModel):
+    """Ties the model classes to their configuration."""
+
+    config: TqdmConfig
+    base_model_prefix = "model"
+
+
+class TqdmModel(TqdmPreTrainedModel):
+    """Image -> class and mask logits of every class, before and after every decoder layer."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__(config)
+        self.vision_tower = TqdmVisionModel._from_config(config.vision_config)
+        self.text_queries = TextualQueries(config)
+        self.pixel_decoder = PixelDecoder(config)
+        self.mask_decoder = MaskDecoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch convolution."""
+        return self.vision_tower.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> TqdmModelOutput:
+        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, else made here."""
+        features, tokens = self.vision_tower(pixel_values)  # 4 x (B, D, h, w), (B, 1 + N, E)
+        text = self.text_queries(tokens, encoded_text)  # (B, K, E)
+        pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
+        class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid)  # L x (B, K, K + 1), L x (B, K, 4h, 4w)
+        patches = F.normalize(tokens[:, 1:], dim=-1)  # (B, N, E)
+        score_map = (F.normalize(text, dim=-1) @ patches.transpose(1, 2)).unflatten(2, features[2].shape[-2:])
+        return TqdmModelOutput(
+            class_logits=torch.stack(class_logits, 1),
+            mask_logits=torch.stack(mask_logits, 1),
+            score_map=score_map,
+            text_embeddings=text,
+            image_embedding=tokens[:, 0],
+        )
+
+
+def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
+    """class_logits (B, K, K + 1), mask_logits (B, K, h, w) -> (B, K, h, w): sum over q of P(class | q) sigmoid(mask q)."""
+    return torch.einsum("bqk,bqhw->bkhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
+
+
+def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Top left corners of the windows that cover an image: every `stride` pixels, the last ones moved back inside."""
+    rows, columns = (
+        [max(min(i * stride, n - size), 0) for i in range(max(-(-(n - size) // stride), 0) + 1)]
+        for n in (height, width)
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
+    """tqdm with its losses, per-pixel scores and sliding-window inference."""
+
+    # Several losses are normalised by counts of their own, so a caller has to average over accumulated batches itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__(config)
+        self.model = TqdmModel(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        mask_index: Tensor | None = None,
+        reference_image_embedding: Tensor | None = None,
+        reference_text_embedding: Tensor | None = None,
+        output_logits: bool = True,
+        use_windows: bool | None = None,
+    ) -> TqdmSemanticSegmenterOutput:
+        """Predict, and with labels compute the losses.
+
+        pixel_values (B, 3, H, W): normalised images. labels (B, H, W): class ids, `config.ignore_index` left out.
+        mask_index (M, 2): `supervised_masks(labels, ...)`, if made on the CPU beforehand.
+        reference_image_embedding (B, E): of the frozen tower; without it there is no visual term.
+        reference_text_embedding (K, E): `model.text_queries.encode_reference()`, made here if not given.
+        output_logits: False leaves out the full-size scores, which training does not need.
+        use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
+        labels, where the image is larger than `config.window_size`.
+        Raises ValueError for labels of another size, unknown ids, or an image under two patches a side.
+        """
+        height, width = pixel_values.shape[-2:]
+        if use_windows is None:
+            window = self.config.window_size
+            use_windows = window is not None and labels is None and not self.training and max(height, width) > window
+        if use_windows:
+            return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
+
+        if labels is not None:
+            check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
+        outputs = self.model(pixel_values)
+        terms = None
+        if labels is not None:
+            terms = self.compute_losses(
+                outputs, labels, mask_index, reference_image_embedding, reference_text_embedding
+            )
+        logits = None
+        if output_logits:
+            logits = self._full_size(
+                semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1]), height, width
+            )
+        return TqdmSemanticSegmenterOutput(
+            loss=None if terms is None else torch.stack(list(terms.values())).sum(),
+            logits=logits,
+            losses=terms,
+            **outputs,
+        )
+
+    def compute_losses(
+        self,
+        outputs: TqdmModelOutput,
+        labels: Tensor,
+        mask_index: Tensor | None = None,
+        reference_image_embedding: Tensor | None = None,
+        reference_text_embedding: Tensor | None = None,
+        points: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Every weighted term by name; arguments as in `forward`.
+
+        loss_class, loss_mask and loss_dice belong to the last layer, loss_class_0 ... to the bare queries and the layers
+        before it. points (L, M, P, 2), x, y in 0 ... 1, replace the random ones.
+        """
+        config = self.config
+        height, width = labels.shape[-2:]
+        rows, columns = self.model.vision_tower.padded_size(height, width)
+        if mask_index is None:
+            mask_index = supervised_masks(labels, config.num_labels, config.ignore_index)
+        if reference_text_embedding is None:
+            reference_text_embedding = self.model.text_queries.encode_reference()
+
+        image, wanted = mask_index.unbind(-1)
+        mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
+        extent = mask_logits.new_tensor([width / columns, height / rows])
+        if points is None:
+            points = choose_points(
+                mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio
+            )
+        point_logits = sample_logits(mask_logits, points * extent)  # (L, M, P)
+        targets = sample_labels(labels, mask_index, points)  # (L, M, P)
+        num_masks = average_num_masks(mask_index)
+        layered = {
+            "loss_class": config.class_loss_weight
+            * class_loss(outputs.class_logits, mask_index, config.no_object_weight),
+            "loss_mask": config.mask_loss_weight * mask_loss(point_logits, targets, num_masks),
+            "loss_dice": config.dice_loss_weight * dice_loss(point_logits, targets, num_masks),
+        }
+        last = outputs.class_logits.shape[1] - 1
+        terms = {
+            name if i == last else f"{name}_{i}": values[i]
+            for i in range(last, -1, -1)
+            for name, values in layered.items()
+        }
+        terms["loss_textual"] = config.textual_loss_weight * textual_loss(
+            outputs.text_embeddings, reference_text_embedding
+        )
+        if reference_image_embedding is not None:
+            terms["loss_visual"] = config.visual_loss_weight * visual_loss(
+                outputs.image_embedding, reference_image_embedding
+            )
+        terms["loss_score_map"] = config.score_map_loss_weight * score_map_loss(
+            outputs.score_map, labels, (rows, columns), config.score_map_temperature, config.score_map_loss_over,
+            config.ignore_index,
+        )  # fmt: skip
+        return terms
+
+    def _full_size(self, scores: Tensor, height: int, width: int) -> Tensor:
+        """scores (B, K, h, w) -> (B, K, height, width), the padding of the last patches cut off."""
+        covered = self.model.vision_tower.padded_size(height, width)
+        return F.interpolate(scores, covered, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def window_scores(self, pixel_values: Tensor) -> Tensor:
+        """Scores (B, K, H, W) averaged over sliding windows of `config.window_size` every `config.window_stride` pixels.
+
+        A side smaller than the window is used as it is. `config.window_batch_size` windows of an image go through the
+        model at once, and the class names through the text tower once.
+        """
+        config = self.config
+        batch, _, height, width = pixel_values.shape
+        rows, columns = min(config.window_size, height), min(config.window_size, width)
+        encoded = self.model.text_queries.encode()  # (K, E)
+        scores = torch.zeros(batch, config.num_labels, height, width, device=pixel_values.device)
+        hits = torch.zeros(height, width, device=pixel_values.device)
+        corners = window_corners(height, width, config.window_size, config.window_stride)
+        for start in range(0, len(corners), config.window_batch_size):
+            chunk = corners[start : start + config.window_batch_size]
+            windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
+            outputs = self.model(windows, encoded)
+            small = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
+            parts = self._full_size(small, rows, columns).split(batch)
+            for (y, x), part in zip(chunk, parts, strict=True):
+                scores[..., y : y + rows, x : x + columns] += part
+                hits[y : y + rows, x : x + columns] += 1
+        return scores / hits
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        views: Tensor | list[Tensor],
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+        softmax_views: bool = False,
+    ) -> Tensor:
+        """Scores (B, K, h, w) of images at any size, by windows where `config.window_size` asks for them.
+
+        views: pixel_values (B, 3, H, W), or a list of them, the same images at several scales, whose scores are averaged.
+        size: height and width of the result (bilinear), by default those of the first view.
+        flip: average every view with its mirror image.
+        softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code
+        does; the scores are sums of probabilities already, so this only flattens their differences.
+        """
+        views = [views] if isinstance(views, Tensor) else views
+        size = views[0].shape[-2:] if size is None else size
+        total = 0
+        for view in views:
+            for mirrored in (False, True)[: 1 + flip]:
+                scores = self(view.flip(-1) if mirrored else view).logits.float()
+                scores = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)
+                scores = scores.softmax(1) if softmax_views else scores
+                total = total + (scores.flip(-1) if mirrored else scores)
+        return total / (len(views) * (1 + flip))
+
+
+__all__ = [
+    "TqdmForSemanticSegmentation",
+    "TqdmModel",
+    "TqdmModelOutput",
+    "TqdmPreTrainedModel",
+    "TqdmSemanticSegmenterOutput",
+]

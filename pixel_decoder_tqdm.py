@@ -1,0 +1,180 @@
+"""Pixel decoder of tqdm: deformable attention over three scales, sharpened by text-to-pixel attention (section 3.3).
+
+Letters: B batch, K classes, N pixel tokens of all levels, C hidden, D vision width, E image-text width, h, w a level's size.
+"""
+
+import math
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_tqdm import TqdmConfig
+from .layers_tqdm import FeedForward, TqdmAttention
+
+NUM_LEVELS = 3
+
+
+def sine_positions(h: int, w: int, channels: int, device: torch.device) -> Tensor:
+    """Sine encoding of a (h, w) map: (1, h w, C), rows in the first half of the channels, columns in the second.
+
+    Positions count 1 ... n, scaled to 2 pi; sine and cosine alternate over frequencies 10000^(-2i / (C / 2)).
+    """
+    half = channels // 2
+    frequencies = 10000 ** (-torch.arange(0, half, 2, device=device).float() / half)  # (C / 4)
+    axes = []
+    for n in (h, w):
+        position = torch.arange(1, n + 1, device=device).float() / (n + 1e-6) * 2 * math.pi
+        angles = position[:, None] * frequencies  # (n, C / 4)
+        axes.append(torch.stack((angles.sin(), angles.cos()), -1).flatten(1))  # (n, C / 2)
+    rows, columns = axes[0][:, None].expand(h, w, half), axes[1][None].expand(h, w, half)
+    return torch.cat((rows, columns), -1).flatten(0, 1)[None]
+
+
+def cell_centres(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Centres (N, 2) of the cells of all levels as x, y in 0 ... 1."""
+    centres = []
+    for h, w in sizes:
+        y = (torch.arange(h, device=device).float() + 0.5) / h
+        x = (torch.arange(w, device=device).float() + 0.5) / w
+        centres.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), -1).flatten(0, 1))
+    return torch.cat(centres)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Zhu et al., 2021): every pixel reads a few learned places on every level."""
+
+    def __init__(self, hidden_size: int, num_heads: int, num_points: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_points = num_points
+        places = num_heads * NUM_LEVELS * num_points
+        self.sampling_offsets = nn.Linear(hidden_size, 2 * places)
+        self.attention_weights = nn.Linear(hidden_size, places)
+        self.value_proj = nn.Linear(hidden_size, hidden_size)
+        self.output_proj = nn.Linear(hidden_size, hidden_size)
+
+    def initialise(self) -> None:
+        """Head i looks in direction 2 pi i / heads, point j at distance j + 1; equal weights."""
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)  # (heads, 2)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        distances = torch.arange(1, self.num_points + 1)[:, None]  # (points, 1)
+        offsets = (directions[:, None, None] * distances).expand(-1, NUM_LEVELS, -1, -1)  # (heads, levels, points, 2)
+        init.copy_(self.sampling_offsets.bias, offsets.flatten())
+        for weight in (self.sampling_offsets.weight, self.attention_weights.weight, self.attention_weights.bias):
+            init.zeros_(weight)
+        for linear in (self.value_proj, self.output_proj):
+            init.xavier_uniform_(linear.weight)
+            init.zeros_(linear.bias)
+
+    def forward(self, queries: Tensor, pixels: Tensor, centres: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+        """queries, pixels (B, N, C); centres (N, 2); sizes: (h, w) of each level in token order -> (B, N, C)."""
+        batch, length, _ = queries.shape
+        shape = (batch, length, self.num_heads, NUM_LEVELS, self.num_points)
+        # Places are computed in float32: bfloat16 would move them by whole cells.
+        offsets = self.sampling_offsets(queries).float().view(*shape, 2)  # in cells of each level
+        weights = self.attention_weights(queries).view(*shape[:3], -1).softmax(-1, dtype=torch.float32)
+        values = self.value_proj(pixels).float().unflatten(-1, (self.num_heads, -1))  # (B, N, heads, C / heads)
+        values = values.permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, C / heads, N)
+        sampled = []
+        for level, (value, (h, w)) in enumerate(zip(values.split([h * w for h, w in sizes], -1), sizes, strict=True)):
+            x, y = offsets[:, :, :, level].unbind(-1)  # (B, N, heads, points)
+            places = centres[:, None, None] + torch.stack((x / w, y / h), -1)
+            grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B heads, N, points, 2) in -1 ... 1
+            sampled.append(F.grid_sample(value.unflatten(-1, (h, w)), grid, align_corners=False))
+        weights = weights.transpose(1, 2).flatten(0, 1)[:, None]  # (B heads, 1, N, levels points)
+        output = (torch.cat(sampled, -1) * weights).sum(-1)  # (B heads, C / heads, N); each sample is (..., N, points)
+        output = output.view(batch, -1, length).transpose(1, 2)  # (B, N, C)
+        return self.output_proj(output.to(queries.dtype))
+
+
+class PixelDecoderLayer(GradientCheckpointingLayer):
+    """Post-norm: pixels look around, then at the class texts, then think."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.deformable = DeformableAttention(width, config.pixel_decoder_heads, config.pixel_decoder_points)
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.text_attention = TqdmAttention(config, width, config.pixel_decoder_heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.ffn = FeedForward(width, config.pixel_decoder_ffn_dim, "relu")
+        self.norm3 = nn.LayerNorm(width, eps=eps)
+
+    def forward(
+        self,
+        pixels: Tensor,
+        positions: Tensor,
+        centres: Tensor,
+        text_keys: Tensor,
+        text: Tensor,
+        sizes: list[tuple[int, int]],
+    ) -> Tensor:
+        """pixels (B, N, C), positions (1, N, C), centres (N, 2), text_keys and text (B, K, C) -> pixels (B, N, C)."""
+        pixels = self.norm1(pixels + self.deformable(pixels + positions, pixels, centres, sizes))
+        pixels = self.norm2(pixels + self.text_attention(pixels + positions, text_keys, text))
+        return self.norm3(pixels + self.ffn(pixels))
+
+
+class ConvGroupNorm(nn.Sequential):
+    """Convolution, then group normalisation."""
+
+    def __init__(self, channels: int, config: TqdmConfig, kernel_size: int = 1, bias: bool = False):
+        width = config.hidden_size
+        convolution = nn.Conv2d(channels, width, kernel_size, padding=kernel_size // 2, bias=bias)
+        group_norm = nn.GroupNorm(config.group_norm_groups, width, eps=config.layer_norm_eps)
+        # Not called "norm": the published recipe exempts names with "norm" from weight decay, and not these.
+        super().__init__(OrderedDict(conv=convolution, gn=group_norm))
+
+    def initialise(self) -> None:
+        """Kaiming normal over the outputs, as mmcv starts its convolution modules."""
+        init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.conv.bias is not None:
+            init.zeros_(self.conv.bias)
+
+
+class PixelDecoder(nn.Module):
+    """Feature maps and class texts -> pixel embeddings at stride 4 and three coarser maps for the mask decoder."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        width, channels = config.hidden_size, config.vision_config.hidden_size
+        self.inputs = nn.ModuleList(ConvGroupNorm(channels, config, bias=True) for _ in range(NUM_LEVELS))
+        self.level_embedding = nn.Embedding(NUM_LEVELS, width)
+        self.text_proj = nn.Linear(config.text_config.projection_dim, width)
+        self.text_positions = nn.Embedding(config.num_labels, width)
+        self.layers = nn.ModuleList(PixelDecoderLayer(config) for _ in range(config.pixel_decoder_layers))
+        self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.lateral = ConvGroupNorm(channels, config)
+        self.output = ConvGroupNorm(width, config, kernel_size=3)
+        self.mask_features = nn.Conv2d(width, width, 1)
+
+    def forward(self, features: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 x (B, C, h, w) coarse to fine."""
+        finest, *coarser = features
+        maps = [project(x) for project, x in zip(self.inputs, reversed(coarser), strict=True)]  # coarse to fine
+        sizes = [tuple(x.shape[-2:]) for x in maps]
+        pixels = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)  # (B, N, C)
+        positions = torch.cat(
+            [
+                sine_positions(*size, pixels.shape[-1], pixels.device) + level
+                for size, level in zip(sizes, self.level_embedding.weight, strict=True)
+            ],
+            1,
+        ).to(pixels.dtype)  # (1, N, C)
+        centres = cell_centres(sizes, pixels.device)  # (N, 2)
+        text = self.text_proj(text)  # (B, K, C)
+        text_keys = text + self.text_positions.weight
+        for layer in self.layers:
+            pixels = layer(pixels, positions, centres, text_keys, text, sizes)
+        # The published code normalises after every layer and uses only the last result.
+        pixels = self.post_norm(pixels).transpose(1, 2)  # (B, C, N)
+        pyramid = [
+            x.unflatten(2, size) for x, size in zip(pixels.split([h * w for h, w in sizes], 2), sizes, strict=True)
+        ]
+        upsampled = F.interpolate(pyramid[-1], finest.shape[-2:], mode="bilinear", align_corners=False)
+        return self.mask_features(self.output(self.lateral(finest) + upsampled).relu()), pyramid

@@ -1,0 +1,30 @@
+"""Packaging: the flat files of this repository become one importable package, `tqdm_seg`.
+
+The distribution is not called "tqdm": that name belongs to the progress bar.
+"""
+
+from setuptools import setup
+
+setup(
+    name="tqdm-segmentation",
+    version="0.1.0",
+    description="tqdm: textual queries segment scenes never seen in training (Hugging Face Transformers)",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    package_dir={"tqdm_seg": "."},
+    packages=["tqdm_seg"],
+    install_requires=[
+        "torch>=2.10",
+        "torchvision>=0.25",
+        "transformers>=5.10",
+        "accelerate>=1.10",
+        "safetensors>=0.6",
+        "open_clip_torch>=3.0",
+        "datasets>=4.0",
+        "evaluate>=0.4.6",
+        "pillow>=11",
+        "tqdm>=4.66",
+    ],
+    extras_require={"test": ["pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=14"]},
+)

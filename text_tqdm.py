@@ -1,0 +1,193 @@
+"""Text side of tqdm: the frozen CLIP text tower, the learned prompt, and the context decoder that looks at the image.
+
+Letters: B batch, K classes = textual queries, L text length, T text width, E image-text width, N pixel tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_tqdm import TqdmConfig, TqdmTextConfig
+from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, additive_mask, initialise_clip_block
+
+
+class TextBlock(GradientCheckpointingLayer):
+    """Pre-norm transformer block of CLIP's text tower."""
+
+    def __init__(self, config: TqdmTextConfig):
+        super().__init__()
+        self.depth = config.num_hidden_layers
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = TqdmAttention(config, config.hidden_size, config.num_attention_heads)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.ffn = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
+
+    def initialise(self) -> None:
+        """CLIP's scaled normal start; published settings load pre-trained weights instead."""
+        initialise_clip_block(self, self.norm1.normalized_shape[0], self.depth)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
+        """tokens (K, L, T) -> (K, L, T)."""
+        normed = self.norm1(tokens)
+        tokens = tokens + self.attention(normed, normed, normed, attention_mask)
+        return tokens + self.ffn(self.norm2(tokens))
+
+
+class TqdmTextModel(TqdmBaseModel):
+    """CLIP's text tower, with room for learned vectors between the start token and the class name."""
+
+    config: TqdmTextConfig
+    main_input_name = "token_ids"
+    input_modalities = ("text",)
+
+    def __init__(self, config: TqdmTextConfig):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position_embedding = nn.Parameter(torch.empty(config.max_position_embeddings, config.hidden_size))
+        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.num_hidden_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def initialise(self) -> None:
+        """CLIP's start of what is not in a block; published settings load pre-trained weights instead."""
+        init.normal_(self.token_embedding.weight, std=0.02)
+        init.normal_(self.position_embedding, std=0.01)
+        init.normal_(self.projection.weight, std=self.config.hidden_size**-0.5)
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token table."""
+        return self.token_embedding
+
+    def forward(self, token_ids: Tensor, prompt: Tensor | None = None) -> Tensor:
+        """token_ids (K, L), zero after the end token; prompt (P, T) or none -> embeddings (K, E), not normalised.
+
+        Attention is causal and the end token's row is read, so the padding changes nothing.
+        """
+        tokens = self.token_embedding(token_ids)  # (K, L, T)
+        end = token_ids.argmax(-1)  # (K); the end token has the largest id
+        if prompt is not None:
+            prompt = prompt.to(tokens.dtype).expand(len(tokens), -1, -1)  # (K, P, T)
+            tokens = torch.cat((tokens[:, :1], prompt, tokens[:, 1:]), 1)  # (K, P + L, T)
+            end = end + prompt.shape[1]
+        length = tokens.shape[1]
+        tokens = tokens + self.position_embedding[:length]
+        future = torch.ones(1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
+        attention_mask = additive_mask(future, tokens.dtype)  # (1, 1, L, L)
+        for block in self.blocks:
+            tokens = block(tokens, attention_mask)
+        last = tokens[torch.arange(len(tokens), device=tokens.device), end]  # (K, T)
+        return self.projection(self.final_norm(last))
+
+
+class ContextDecoderLayer(nn.Module):
+    """Pre-norm: the texts look at each other, then at the image, then think."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        width, heads = config.context_decoder_hidden_size, config.context_decoder_heads
+        eps = config.layer_norm_eps
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.self_attention = TqdmAttention(config, width, heads, query_value_bias=False, key_bias=False)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.cross_attention = TqdmAttention(config, width, heads, query_value_bias=False, key_bias=False)
+        self.norm3 = nn.LayerNorm(width, eps=eps)
+        self.ffn = FeedForward(width, 4 * width, "gelu", config.context_decoder_dropout)
+        self.dropout = nn.Dropout(config.context_decoder_dropout)
+
+    def forward(self, text: Tensor, memory: Tensor) -> Tensor:
+        """text (B, K, C), memory (B, 1 + N, C) -> (B, K, C)."""
+        normed = self.norm1(text)
+        text = text + self.dropout(self.self_attention(normed, normed, normed))
+        text = text + self.dropout(self.cross_attention(self.norm2(text), memory, memory))
+        return text + self.ffn(self.norm3(text))
+
+
+class ContextDecoder(nn.Module):
+    """What the image adds to each class's text embedding (the context-aware prompting of DenseCLIP)."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        width, embedding = config.context_decoder_hidden_size, config.text_config.projection_dim
+        eps = config.layer_norm_eps
+        self.memory_proj = nn.Sequential(
+            nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, width), nn.LayerNorm(width, eps=eps)
+        )
+        self.text_proj = nn.Sequential(nn.LayerNorm(embedding, eps=eps), nn.Linear(embedding, width))
+        self.layers = nn.ModuleList(ContextDecoderLayer(config) for _ in range(config.context_decoder_layers))
+        self.out_proj = nn.Sequential(nn.LayerNorm(width, eps=eps), nn.Linear(width, embedding))
+
+    def initialise(self) -> None:
+        """Truncated normal 0.02 for every linear layer, as DenseCLIP starts it."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    init.zeros_(module.bias)
+
+    def forward(self, text: Tensor, visual: Tensor) -> Tensor:
+        """text (B, K, E), visual (B, 1 + N, E) -> (B, K, E)."""
+        memory = self.memory_proj(visual)  # (B, 1 + N, C)
+        text = self.text_proj(text)  # (B, K, C)
+        for layer in self.layers:
+            text = layer(text, memory)
+        return self.out_proj(text)
+
+
+class TextualQueries(nn.Module):
+    """One query per class name: frozen text tower with a learned prompt, then what the image adds (paper section 3.2)."""
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        config.resolve_token_ids()  # the class list may have been edited since the configuration was made
+        self.config = config
+        self.text_tower = TqdmTextModel._from_config(config.text_config)
+        self.text_tower.requires_grad_(False)
+        width, embedding = config.text_config.hidden_size, config.text_config.projection_dim
+        self.prompt = nn.Parameter(torch.empty(config.text_config.num_prompt_tokens, width))
+        self.context_decoder = ContextDecoder(config)
+        self.gamma = nn.Parameter(torch.empty(embedding))
+        # Not saved: the configuration holds the ids.
+        self.register_buffer("class_ids", self._table(False), persistent=False)  # (K, L)
+        self.register_buffer("reference_ids", self._table(True), persistent=False)  # (K, L)
+
+    def _table(self, prompted: bool) -> Tensor:
+        """Token ids of the class names, or of the reference texts, padded with zeros: (K, L)."""
+        names = self.config.class_names
+        rows = [self.config.text_token_ids(name, prompted) for name in names]
+        room = self.config.text_config.max_position_embeddings
+        room -= 0 if prompted else self.config.text_config.num_prompt_tokens
+        for name, row in zip(names, rows, strict=True):
+            if len(row) > room:
+                raise ValueError(
+                    f"class name {name!r} needs {len(row)} text positions{' inside reference_prompt' * prompted} and "
+                    f"{room} are left in the position table; use a shorter name, or weights with CLIP's 77 positions "
+                    "(published checkpoints keep only the first ones)"
+                )
+        length = max(map(len, rows))
+        return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+
+    def initialise(self) -> None:
+        """Prompt and gamma with standard deviation 1, as published (the 1e-4 meant for gamma is overwritten there)."""
+        init.trunc_normal_(self.prompt, std=1.0, a=-2.0, b=2.0)
+        init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
+        init.copy_(self.class_ids, self._table(False))
+        init.copy_(self.reference_ids, self._table(True))
+
+    def encode(self) -> Tensor:
+        """Embeddings (K, E) of the prompted class names, before any image is seen."""
+        return self.text_tower(self.class_ids, self.prompt)
+
+    @torch.no_grad()
+    def encode_reference(self) -> Tensor:
+        """Unit-length embeddings (K, E) of the reference texts without learned prompt, for the textual regulariser."""
+        return F.normalize(self.text_tower(self.reference_ids), dim=-1)
+
+    def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:
+        """visual (B, 1 + N, E) image and patch tokens; encoded: a stored result of `encode` -> queries (B, K, E)."""
+        encoded = self.encode() if encoded is None else encoded
+        text = encoded.expand(len(visual), -1, -1)  # (B, K, E)
+        return text + self.gamma * self.context_decoder(text, visual)
