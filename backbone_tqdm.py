@@ -3,6 +3,8 @@
 Letters: B batch, N patch tokens = h w, D vision width, E image-text width, H, W image, h, w patch grid.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,7 +61,7 @@ class VisionBlock(GradientCheckpointingLayer):
         self.ffn = (
             SwiGlu(width, config.intermediate_size, eps)
             if eva
-            else FeedForward(width, config.intermediate_size, "quick_gelu")
+            else FeedForward(width, config.intermediate_size, config.hidden_act)
         )
         self.drop_path = DropPath(drop_path_rate)
 
@@ -91,6 +93,15 @@ class FeaturePyramid(nn.Module):
     def forward(self, taps: list[Tensor]) -> list[Tensor]:
         """taps 4 x (B, D, h, w) -> (B, D, 4h, 4w), (B, D, 2h, 2w), (B, D, h, w), (B, D, h // 2, w // 2)."""
         return [self.up4(taps[0]), self.up2(taps[1]), taps[2], self.down2(taps[3])]
+
+
+def resize_positions(table: Tensor, h: int, w: int, tower: str) -> Tensor:
+    """Position table (1 + g g, D) of a square grid -> (1 + h w, D), bicubic for EVA02 as published; class row kept."""
+    grid = math.isqrt(len(table) - 1)
+    patches = table[1:].T.unflatten(1, (grid, grid))[None].float()  # (1, D, g, g)
+    mode = "bicubic" if tower == "eva02" else "bilinear"
+    patches = F.interpolate(patches, (h, w), mode=mode, align_corners=False).flatten(2)[0].T  # (N, D)
+    return torch.cat((table[:1], patches.to(table.dtype)))
 
 
 class TqdmVisionModel(TqdmBaseModel):
@@ -136,13 +147,9 @@ class TqdmVisionModel(TqdmBaseModel):
 
     def positions(self, h: int, w: int) -> Tensor:
         """Position table for a patch grid (h, w): (1 + N, D), resized as the published code does (EVA02: bicubic)."""
-        table = self.position_embedding
         if (h, w) == (self.grid, self.grid):
-            return table
-        patches = table[1:].T.unflatten(1, (self.grid, self.grid))[None].float()  # (1, D, grid, grid)
-        mode = "bicubic" if self.config.tower == "eva02" else "bilinear"
-        patches = F.interpolate(patches, (h, w), mode=mode, align_corners=False).flatten(2)[0].T  # (N, D)
-        return torch.cat((table[:1], patches.to(table.dtype)))
+            return self.position_embedding
+        return resize_positions(self.position_embedding, h, w, self.config.tower)
 
     def rotary(self, h: int, w: int) -> tuple[Tensor, Tensor]:
         """cos and sin (N, head size) of EVA02's 2-D rotary positions: first half by row, second half by column.

@@ -32,8 +32,9 @@ _KNOWN_TOKEN_IDS = {
 class TqdmVisionConfig(PreTrainedConfig):
     """One vision tower and its four-level feature pyramid. The defaults are CLIP ViT-B/16 at 512.
 
-    tower: "clip" (learned positions, quick GELU) or "eva02" (2-D rotary positions, SwiGLU, sub-LN).
+    tower: "clip" (learned positions, one feed-forward activation) or "eva02" (2-D rotary positions, SwiGLU, sub-LN).
     image_size: side in pixels that the position table was made for; other sizes are interpolated.
+    hidden_act: activation of the CLIP tower, as in its pre-training: "quick_gelu" (OpenAI) or "gelu" (LAION).
     feature_layers: 0-based blocks tapped for the pyramid, fine to coarse.
     projection_dim: width E of the image-text space, the same as in the text tower.
     """
@@ -49,6 +50,7 @@ class TqdmVisionConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
+    hidden_act: str = "quick_gelu"
     feature_layers: list[int] | tuple[int, ...] = (3, 5, 7, 11)
     projection_dim: int = 512
     layer_norm_eps: float = 1e-5
@@ -205,9 +207,7 @@ class TqdmConfig(PreTrainedConfig):
                 )
             self.id2label = dict(enumerate(CITYSCAPES_CLASSES))
         super().__post_init__(**kwargs)
-        self.validate_labels()
-        self.label2id = {name: index for index, name in self.id2label.items()}
-        self.resolve_token_ids()
+        self.set_classes(self.id2label)
 
     @property
     def class_names(self) -> list[str]:
@@ -219,18 +219,32 @@ class TqdmConfig(PreTrainedConfig):
         """The class names inside `reference_prompt`, in id order."""
         return [self.reference_prompt.replace("{class}", name) for name in self.class_names]
 
+    def set_classes(self, id2label: dict[int, str]) -> None:
+        """Another class list, checked, with its token ids. Raises ValueError unless it is 0 ... K-1 to distinct names."""
+        id2label = {int(index): name for index, name in id2label.items()}
+        if sorted(id2label) != list(range(len(id2label))) or not id2label:
+            raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {sorted(id2label)}")
+        names = list(id2label.values())
+        doubled = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
+        if doubled:
+            raise ValueError(f"class names must be distinct and not empty, for each is a query; look at {doubled}")
+        self.id2label = dict(sorted(id2label.items()))
+        self.label2id = {name: index for index, name in self.id2label.items()}
+        self.resolve_token_ids()
+
     def resolve_token_ids(self) -> None:
         """Makes `token_ids` hold exactly the texts that the class list and the reference prompt need.
 
         Known texts keep their ids. New ones are encoded with the CLIP vocabulary of the installed `open_clip_torch`
         package; nothing is downloaded. Raises ImportError when a name is new and that package is missing.
         """
-        needed = [*self.class_names, *(part.strip() for part in self.reference_prompt.split("{class}"))]
+        prompt = [part.strip() for part in self.reference_prompt.split("{class}")]  # one side of it may be empty
+        needed = [text for text in dict.fromkeys([*self.class_names, *prompt]) if text]
         known = _KNOWN_TOKEN_IDS | (self.token_ids or {})
-        new = [text for text in dict.fromkeys(needed) if text not in known]
+        new = [text for text in needed if text not in known]
         if new:
             known |= dict(zip(new, _encode(new), strict=True))
-        self.token_ids = {text: known[text] for text in dict.fromkeys(needed) if text}
+        self.token_ids = {text: known[text] for text in needed}
 
     def text_token_ids(self, name: str, prompted: bool = False) -> list[int]:
         """Token ids, start and end included, of a class name, alone or inside `reference_prompt`."""
@@ -238,16 +252,6 @@ class TqdmConfig(PreTrainedConfig):
         texts = [before, name, after] if prompted else [name]
         ids = [token for text in texts if text for token in self.token_ids[text]]
         return [self.text_config.bos_token_id, *ids, self.text_config.eos_token_id]
-
-    def validate_labels(self) -> None:
-        """Raises ValueError unless id2label is 0 ... K-1 to distinct, non-empty names."""
-        ids = sorted(self.id2label)
-        if not ids or ids != list(range(len(ids))):
-            raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {ids}")
-        names = list(self.id2label.values())
-        doubled = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
-        if doubled:
-            raise ValueError(f"class names must be distinct and not empty, for each is a query; look at {doubled}")
 
     def validate_architecture(self):
         """Raises ValueError, naming the field and the fix, for numbers that do not fit together."""

@@ -6,6 +6,7 @@ Letters: B batch, K classes = textual queries, N pixel tokens of a level, C hidd
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmConfig
@@ -46,14 +47,19 @@ class MaskDecoder(nn.Module):
         self.text_proj = nn.Sequential(
             nn.Linear(config.text_config.projection_dim, width), nn.ReLU(), nn.Linear(width, width)
         )
-        self.query_positions = nn.Embedding(classes, width)
-        self.level_embedding = nn.Embedding(NUM_LEVELS, width)
+        self.query_positions = nn.Parameter(torch.empty(classes, width))
+        self.level_embedding = nn.Parameter(torch.empty(NUM_LEVELS, width))
         self.layers = nn.ModuleList(MaskDecoderLayer(config) for _ in range(config.mask_decoder_layers))
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.class_head = nn.Linear(width, classes + 1)
         self.mask_head = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
         )
+
+    def initialise(self) -> None:
+        """Unit normal, the start of `nn.Embedding`, which the published code uses here."""
+        init.normal_(self.query_positions)
+        init.normal_(self.level_embedding)
 
     def predict(self, queries: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """queries (B, K, C), pixels (B, C, h, w) -> class logits (B, K, K + 1), mask logits (B, K, h, w)."""
@@ -73,11 +79,10 @@ class MaskDecoder(nn.Module):
         Two lists of num_layers + 1 predictions, from the bare queries to the last layer.
         """
         queries = self.text_proj(text)  # (B, K, C)
-        query_positions = self.query_positions.weight  # (K, C)
         sizes = [tuple(level.shape[-2:]) for level in pyramid]
         values = [
             level.flatten(2).transpose(1, 2) + embedding
-            for level, embedding in zip(pyramid, self.level_embedding.weight, strict=True)
+            for level, embedding in zip(pyramid, self.level_embedding, strict=True)
         ]  # 3 x (B, N, C)
         keys = [
             value + sine_positions(*size, value.shape[-1], value.device).to(value.dtype)
@@ -87,7 +92,7 @@ class MaskDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             level = index % NUM_LEVELS
             attention_mask = self.attention_mask(predictions[-1][1], sizes[level])
-            queries = layer(queries, query_positions, keys[level], values[level], attention_mask)
+            queries = layer(queries, self.query_positions, keys[level], values[level], attention_mask)
             predictions.append(self.predict(queries, pixels))
         class_logits, mask_logits = zip(*predictions, strict=True)
         return list(class_logits), list(mask_logits)

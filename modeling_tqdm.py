@@ -133,6 +133,12 @@ def window_corners(height: int, width: int, size: int, stride: int) -> list[tupl
     return [(row, column) for row in rows for column in columns]
 
 
+def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn.Parameter:
+    """A parameter of rows: those of `values` with these numbers, and those of `fresh` where the number is None."""
+    parts = [fresh[new] if old is None else values[old] for new, old in enumerate(rows)]
+    return nn.Parameter(torch.stack([part.to(values.device, values.dtype) for part in parts]))
+
+
 class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
     """tqdm with its losses, per-pixel scores and sliding-window inference."""
 
@@ -279,6 +285,26 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
                 hits[y : y + rows, x : x + columns] += 1
         return scores / hits
 
+    @torch.no_grad()
+    def set_classes(self, id2label: dict[int, str]) -> None:
+        """Another class list, in place. What was learned for classes that keep their name stays, the rest starts anew.
+
+        A class is its text, a query position, a text position and a row of the class head; nothing else depends on it.
+        Raises ValueError for a list that `TqdmConfig` refuses, and for names too long for the position table.
+        """
+        before = self.config.class_names
+        self.config.set_classes(id2label)
+        rows = [before.index(name) if name in before else None for name in self.config.class_names]
+        pixel_decoder, mask_decoder = self.model.pixel_decoder, self.model.mask_decoder
+        width = self.config.hidden_size
+        pixel_decoder.text_positions = with_rows(pixel_decoder.text_positions, rows, torch.randn(len(rows), width))
+        mask_decoder.query_positions = with_rows(mask_decoder.query_positions, rows, torch.randn(len(rows), width))
+        rows.append(len(before))  # the last row of the class head is no object
+        head, fresh = mask_decoder.class_head, nn.Linear(width, len(rows))
+        head.weight, head.bias = with_rows(head.weight, rows, fresh.weight), with_rows(head.bias, rows, fresh.bias)
+        head.out_features = len(rows)
+        self.model.text_queries.set_texts()
+
     @torch.inference_mode()
     def segment(
         self,
@@ -294,7 +320,10 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         flip: average every view with its mirror image.
         softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code
         does; the scores are sums of probabilities already, so this only flattens their differences.
+        Raises ValueError in training mode.
         """
+        if self.training:
+            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
         views = [views] if isinstance(views, Tensor) else views
         size = views[0].shape[-2:] if size is None else size
         total = 0

@@ -144,14 +144,19 @@ class PixelDecoder(nn.Module):
         super().__init__()
         width, channels = config.hidden_size, config.vision_config.hidden_size
         self.inputs = nn.ModuleList(ConvGroupNorm(channels, config, bias=True) for _ in range(NUM_LEVELS))
-        self.level_embedding = nn.Embedding(NUM_LEVELS, width)
+        self.level_embedding = nn.Parameter(torch.empty(NUM_LEVELS, width))
         self.text_proj = nn.Linear(config.text_config.projection_dim, width)
-        self.text_positions = nn.Embedding(config.num_labels, width)
+        self.text_positions = nn.Parameter(torch.empty(config.num_labels, width))
         self.layers = nn.ModuleList(PixelDecoderLayer(config) for _ in range(config.pixel_decoder_layers))
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lateral = ConvGroupNorm(channels, config)
         self.output = ConvGroupNorm(width, config, kernel_size=3)
         self.mask_features = nn.Conv2d(width, width, 1)
+
+    def initialise(self) -> None:
+        """Unit normal, the start of `nn.Embedding`, which the published code uses here."""
+        init.normal_(self.level_embedding)
+        init.normal_(self.text_positions)
 
     def forward(self, features: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
         """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 x (B, C, h, w) coarse to fine."""
@@ -162,13 +167,13 @@ class PixelDecoder(nn.Module):
         positions = torch.cat(
             [
                 sine_positions(*size, pixels.shape[-1], pixels.device) + level
-                for size, level in zip(sizes, self.level_embedding.weight, strict=True)
+                for size, level in zip(sizes, self.level_embedding, strict=True)
             ],
             1,
         ).to(pixels.dtype)  # (1, N, C)
         centres = cell_centres(sizes, pixels.device)  # (N, 2)
         text = self.text_proj(text)  # (B, K, C)
-        text_keys = text + self.text_positions.weight
+        text_keys = text + self.text_positions
         for layer in self.layers:
             pixels = layer(pixels, positions, centres, text_keys, text, sizes)
         # The published code normalises after every layer and uses only the last result.

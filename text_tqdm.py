@@ -142,17 +142,21 @@ class TextualQueries(nn.Module):
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
-        config.resolve_token_ids()  # the class list may have been edited since the configuration was made
         self.config = config
         self.text_tower = TqdmTextModel._from_config(config.text_config)
-        self.text_tower.requires_grad_(False)
         width, embedding = config.text_config.hidden_size, config.text_config.projection_dim
-        self.prompt = nn.Parameter(torch.empty(config.text_config.num_prompt_tokens, width))
+        # A module, so that its rows can be asked for outside of this module's own forward wherever they lie.
+        self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
         self.context_decoder = ContextDecoder(config)
         self.gamma = nn.Parameter(torch.empty(embedding))
-        # Not saved: the configuration holds the ids.
-        self.register_buffer("class_ids", self._table(False), persistent=False)  # (K, L)
-        self.register_buffer("reference_ids", self._table(True), persistent=False)  # (K, L)
+        self.set_texts()
+
+    def set_texts(self) -> None:
+        """Looks up the token ids of the class list. Not saved: the configuration holds the ids."""
+        self.config.resolve_token_ids()  # the class list may have been edited since the configuration was made
+        device = self.gamma.device
+        self.register_buffer("class_ids", self._table(False).to(device), persistent=False)  # (K, L)
+        self.register_buffer("reference_ids", self._table(True).to(device), persistent=False)  # (K, L)
 
     def _table(self, prompted: bool) -> Tensor:
         """Token ids of the class names, or of the reference texts, padded with zeros: (K, L)."""
@@ -171,15 +175,21 @@ class TextualQueries(nn.Module):
         return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
     def initialise(self) -> None:
-        """Prompt and gamma with standard deviation 1, as published (the 1e-4 meant for gamma is overwritten there)."""
-        init.trunc_normal_(self.prompt, std=1.0, a=-2.0, b=2.0)
+        """Prompt and gamma with standard deviation 1, as published (the 1e-4 meant for gamma is overwritten there).
+
+        Runs after construction and after loading, where the weights stay, the token ids return and the tower freezes.
+        """
+        init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
         init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
         init.copy_(self.class_ids, self._table(False))
         init.copy_(self.reference_ids, self._table(True))
+        # Here and not in the constructor: loading replaces the parameters, and with them what was set on them.
+        self.text_tower.requires_grad_(False)
 
     def encode(self) -> Tensor:
         """Embeddings (K, E) of the prompted class names, before any image is seen."""
-        return self.text_tower(self.class_ids, self.prompt)
+        rows = torch.arange(self.prompt.num_embeddings, device=self.class_ids.device)
+        return self.text_tower(self.class_ids, self.prompt(rows))
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:

@@ -1,0 +1,117 @@
+"""Losses against slow, obvious versions, and their empty cases."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tqdm_seg.loss_tqdm import (
+    average_num_masks,
+    check_labels,
+    choose_points,
+    class_loss,
+    dice_loss,
+    mask_loss,
+    sample_labels,
+    sample_logits,
+    score_map_loss,
+    supervised_masks,
+    textual_loss,
+)
+
+
+def test_supervised_masks_lists_present_classes_in_order(labels):
+    labels[1] = 255
+    labels[0, 5, 5], expected = 2, [[0, c] for c in sorted(set(labels[0].unique().tolist()) - {255})]
+    assert supervised_masks(labels, 3).tolist() == expected
+
+
+def test_sampling_labels_is_sampling_full_size_masks(labels):
+    index = supervised_masks(labels, 3)
+    points = torch.rand(2, len(index), 500, 2) * 1.1 - 0.05  # also beyond the border
+    masks = torch.stack([(labels[b] == c).float() for b, c in index.tolist()])
+    expected = F.grid_sample(
+        masks.repeat(2, 1, 1)[:, None], (2 * points - 1).flatten(0, 1)[:, None], align_corners=False
+    ).view(2, len(index), 500)
+    torch.testing.assert_close(sample_labels(labels, index, points), expected, atol=1e-5, rtol=0)
+
+
+def test_points_are_chosen_where_masks_are_uncertain():
+    torch.manual_seed(0)
+    ramp = torch.linspace(-10, 10, 64).expand(1, 2, 64, 64).clone()  # zero along the middle column
+    points = choose_points(ramp, torch.ones(2), 400, 3.0, 0.75)
+    assert points.shape == (1, 2, 400, 2) and 0 <= points.min() and points.max() <= 1
+    chosen, fresh = points[:, :, :300, 0], points[:, :, 300:, 0]
+    assert (chosen - 0.5).abs().quantile(0.95) < 0.15 and (fresh - 0.5).abs().quantile(0.5) > 0.2
+
+
+def test_points_stay_inside_the_image_when_logits_cover_more():
+    torch.manual_seed(0)
+    logits = torch.full((1, 1, 64, 64), 5.0)
+    logits[..., 32:] = 0  # the padding looks uncertain, and must not attract points
+    points = choose_points(logits, torch.tensor([0.5, 1.0]), 100, 3.0, 0.75)
+    assert sample_logits(logits, points * torch.tensor([0.5, 1.0])).mean() > 4.5
+
+
+def test_class_loss_is_the_weighted_mean_written_out():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5)  # B, L, K, K + 1
+    index = torch.tensor([[0, 1], [0, 3], [1, 0]])
+    for layer in range(3):
+        total = weight = 0.0
+        for image in range(2):
+            for query in range(4):
+                present = [image, query] in index.tolist()
+                w, target = (1.0, query) if present else (0.1, 4)
+                total += w * -logits[image, layer, query].log_softmax(-1)[target].item()
+                weight += w
+        assert class_loss(logits, index, 0.1)[layer].item() == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_mask_and_dice_loss_written_out():
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 7), torch.rand(2, 3, 7)
+    p = logits.sigmoid()
+    entropy = -(targets * p.log() + (1 - targets) * (1 - p).log())
+    torch.testing.assert_close(mask_loss(logits, targets, torch.tensor(3.0)), entropy.mean((1, 2)))
+    dice = torch.stack(
+        [1 - (2 * (p[:, m] * targets[:, m]).sum(1) + 1) / (p[:, m].sum(1) + targets[:, m].sum(1) + 1) for m in range(3)]
+    ).sum(0)
+    torch.testing.assert_close(dice_loss(logits, targets, torch.tensor(3.0)), dice / 3)
+
+
+def test_no_masks_at_all_is_zero_on_the_graph():
+    logits = torch.randn(2, 0, 8, 8, requires_grad=True)
+    points = choose_points(logits, torch.ones(2), 20, 3.0, 0.75)
+    sampled = sample_logits(logits, points)
+    num = average_num_masks(torch.zeros(0, 2))
+    assert num == 1
+    loss = mask_loss(sampled, torch.zeros(2, 0, 20), num).sum() + dice_loss(sampled, torch.zeros(2, 0, 20), num).sum()
+    assert loss == 0
+    loss.backward()
+    assert logits.grad is not None
+
+
+def test_textual_loss_has_the_published_floor():
+    reference = F.normalize(torch.eye(4) - 0.25, dim=-1)
+    loss = textual_loss(reference[None] * 3, reference)
+    worst = math.log(1 + 3 * math.exp(-2))
+    assert loss > worst
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 3 * math.exp(-1 / 3))), rel=1e-5)
+
+
+def test_score_map_loss_of_only_ignored_pixels_is_zero():
+    score_map = torch.rand(1, 3, 2, 2, requires_grad=True)
+    labels = torch.full((1, 8, 8), 255)
+    for over in ("labelled", "all"):
+        assert score_map_loss(score_map, labels, (8, 8), 0.07, over, 255) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda y: y[:, :16], r"must be \(2, 32, 32\)"), (lambda y: y.clone().fill_(7), r"hold \[7\]")],
+)
+def test_wrong_labels_are_named(labels, images, change, message):
+    with pytest.raises(ValueError, match=message):
+        check_labels(change(labels), images, 3, 255)
