@@ -26,5 +26,5 @@ setup(
         "pillow>=11",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=14"]},
+    extras_require={"test": ["pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=15"]},
 )

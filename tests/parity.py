@@ -380,7 +380,9 @@ def summarise(rows: list[Row]) -> list[Row]:
 def main() -> None:
     """Prints a table per pack; exit status 1 if a row is outside its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("packs", nargs="*", type=Path, default=sorted(PACKS.iterdir()), help="pack folders")
+    parser.add_argument(
+        "packs", nargs="*", type=Path, default=sorted(filter(Path.is_dir, PACKS.iterdir())), help="pack folders"
+    )
     parser.add_argument("--all-rows", action="store_true", help="one row per quantity instead of per kind")
     args = parser.parse_args()
     failed = 0

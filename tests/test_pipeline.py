@@ -1,0 +1,229 @@
+"""A saved folder works through the Auto classes and `pipeline`, with nothing but what it was saved to need."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import micro_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers.dynamic_module_utils import get_imports, get_relative_import_files
+
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.publish_tqdm import save_model_folder, written_whole
+
+ROOT = Path(__file__).parents[1]
+PHOTOS = sorted(ROOT.glob("examples/orfd_mini/validation/*/image_data/*"))[:3]
+MODEL_CODE = {
+    "backbone_tqdm.py", "configuration_tqdm.py", "layers_tqdm.py", "loss_tqdm.py", "mask_decoder_tqdm.py",
+    "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py",
+}  # fmt: skip
+SHIPPED = MODEL_CODE | {"image_processing_tqdm.py"}
+WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors"}
+# This project's other requirements, and itself.
+HIDDEN = ["tqdm_seg", "open_clip", "timm", "datasets", "evaluate", "accelerate", "av"]
+STANDARD = set(sys.stdlib_module_names)
+
+# Run in a new interpreter, in another folder: hides packages, then does what a user of the folder does.
+USER = """
+import sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, *args):
+        return None if name.split(".")[0] in HIDDEN else self.finder.find_spec(name, *args)
+
+HIDDEN, FOLDER, PHOTOS = {hidden!r}, {folder!r}, {photos!r}
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+
+import json
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
+
+torch.set_num_threads(1)
+loaders = AutoConfig, AutoModel, AutoModelForSemanticSegmentation, AutoImageProcessor
+config, base, model, processor = [x.from_pretrained(FOLDER, trust_remote_code=True) for x in loaders]
+images = [Image.open(photo).convert("RGB") for photo in PHOTOS]
+pipe = pipeline("image-segmentation", model=FOLDER, trust_remote_code=True)
+results = {{"single": [pipe(image) for image in images], "batched": pipe(images, batch_size=2)}}
+# Every class has a decimal digit of its own, so that gaps and overlaps between masks show.
+maps = {{
+    key: np.stack([sum((np.array(part["mask"]) > 0) * (10 ** config.label2id[part["label"]]) for part in parts)
+                  for parts in result])
+    for key, result in results.items()
+}}
+inputs = processor(images=images, return_tensors="pt")
+np.savez(
+    "arrays.npz", **maps, scores=torch.cat([model.segment(x[None]) for x in inputs.pixel_values]).numpy(),
+    base=base(inputs.pixel_values[..., :32, :32]).mask_logits.detach().numpy(),
+)
+print(json.dumps({{
+    "classes": [type(x).__name__ for x in (config, base, model, processor, pipe.model, pipe.image_processor)],
+    "modules": [type(x).__module__.split(".")[0] for x in (config, base, model, processor, pipe.model)],
+    "hidden": [name for name in HIDDEN if name in sys.modules],
+}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(pixel_values) -> TqdmForSemanticSegmentation:
+    """Random weights, with the heads made steeper and centred: as they are, one class wins everywhere."""
+    model = micro_model(window_size=48, window_stride=32)
+    decoder = model.model.mask_decoder
+    with torch.no_grad():
+        for layer in decoder.mask_head[::2]:
+            layer.weight.mul_(5)
+        decoder.class_head.weight.mul_(10)
+        decoder.class_head.bias.sub_(model.model(pixel_values).class_logits[:, -1].mean((0, 1)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model_folder(model, TqdmImageProcessor(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> list[Path]:
+    """Real photographs, 120 x 100, so that 12 windows slide over each."""
+    folder = tmp_path_factory.mktemp("photos")
+    for photo in PHOTOS:
+        Image.open(photo).convert("RGB").resize((120, 100)).save(folder / photo.name)
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="module")
+def pixel_values(photos) -> torch.Tensor:
+    images = [Image.open(photo) for photo in photos]
+    return TqdmImageProcessor()(images=images, return_tensors="pt").pixel_values
+
+
+@pytest.fixture(scope="module")
+def user(folder, photos, tmp_path_factory) -> dict:
+    """What the new interpreter saw: its report, its arrays, and everything it printed."""
+    home = tmp_path_factory.mktemp("user")
+    program = USER.format(hidden=HIDDEN, folder=str(folder), photos=list(map(str, photos)))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    with np.load(home / "arrays.npz") as arrays:
+        return {**json.loads(done.stdout.splitlines()[-1]), **arrays, "printed": done.stdout + done.stderr}
+
+
+@pytest.fixture(scope="module")
+def expected(model, pixel_values) -> dict[str, np.ndarray]:
+    """What the Python API computes in this process, with one thread as in the other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        base = model.model(pixel_values[..., :32, :32]).mask_logits
+    scores = torch.cat([model.segment(image[None]) for image in pixel_values])
+    torch.set_num_threads(threads)
+    return {"scores": scores.numpy(), "base": base.numpy()}
+
+
+def test_folder_loads_where_only_torch_and_transformers_are_installed(user):
+    assert user["classes"] == [
+        "TqdmConfig", "TqdmModel", "TqdmForSemanticSegmentation", "TqdmImageProcessor", "TqdmForSemanticSegmentation",
+        "TqdmImageProcessor",
+    ]  # fmt: skip
+    assert set(user["modules"]) == {"transformers_modules"} and user["hidden"] == []
+
+
+def test_loaded_models_compute_the_same_bits(user, expected):
+    np.testing.assert_array_equal(user["scores"], expected["scores"])
+    np.testing.assert_array_equal(user["base"], expected["base"])
+
+
+def test_pipeline_masks_are_the_argmax_of_segment_for_images_larger_than_a_window(user, expected):
+    ids = expected["scores"].argmax(1)
+    assert all(len(np.unique(image)) > 1 for image in ids), "one class everywhere proves nothing"
+    np.testing.assert_array_equal(user["single"], 10**ids)
+
+
+def test_pipeline_in_batches_gives_what_it_gives_alone(user):
+    # Larger matrix products may round otherwise on other processors, and so turn near-ties.
+    assert np.mean(user["batched"] != user["single"]) < 1e-4
+
+
+def test_pipeline_reports_no_problem(user):
+    lines = [line for line in user["printed"].splitlines() if "Loading weights" not in line]
+    assert not [line for line in lines if any(word in line.lower() for word in ("not supported", "error", "warn"))]
+
+
+def test_folder_holds_exactly_what_is_needed(folder):
+    assert {file.name for file in folder.iterdir()} == WRITTEN
+    config, preprocessor = (json.loads((folder / f"{x}config.json").read_text()) for x in ("", "preprocessor_"))
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_tqdm.TqdmConfig",
+        "AutoModel": "modeling_tqdm.TqdmModel",
+        "AutoModelForSemanticSegmentation": "modeling_tqdm.TqdmForSemanticSegmentation",
+    }
+    assert preprocessor["auto_map"] == {"AutoImageProcessor": "image_processing_tqdm.TqdmImageProcessor"}
+
+
+def test_saved_again_the_folder_is_the_same(folder, model, tmp_path):
+    loaded, report = TqdmForSemanticSegmentation.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    again = tmp_path / "again"
+    save_model_folder(loaded, TqdmImageProcessor.from_pretrained(folder), again)
+    assert {file.name for file in again.iterdir()} == WRITTEN
+    for file in WRITTEN - {"config.json"}:
+        assert (again / file).read_bytes() == (folder / file).read_bytes(), file
+    # Parts of a model that was never loaded have no dtype noted; it is that of the whole.
+    before, after = ((path / "config.json").read_text() for path in (folder, again))
+    assert before.replace('"dtype": null', '"dtype": "float32"') == after
+    weights = load_file(folder / "model.safetensors")
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_only_inference_code_ships():
+    entry = ROOT / "modeling_tqdm.py"
+    files = [entry, *map(Path, get_relative_import_files(entry))]
+    assert {file.name for file in files} == MODEL_CODE
+    imports = set().union(*map(get_imports, files))
+    assert {name.split(".")[0] for name in imports} <= {"torch", "transformers", "huggingface_hub"} | STANDARD
+    processor = ROOT / "image_processing_tqdm.py"
+    assert get_relative_import_files(processor) == []
+    assert {name.split(".")[0] for name in get_imports(processor)} <= {"torch", "torchvision", "transformers", "numpy"}
+
+
+def test_card_is_written_and_a_folder_with_other_files_is_left_alone(folder, model, tmp_path):
+    target = tmp_path / "model"
+    save_model_folder(model, TqdmImageProcessor(), target, card="# first\n")
+    save_model_folder(model, TqdmImageProcessor(), target, card="# second\n")
+    assert (target / "README.md").read_text() == "# second\n"
+    (target / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="also holds notes.txt; choose a new folder"):
+        save_model_folder(model, TqdmImageProcessor(), target, card="# third\n")
+    assert (target / "README.md").read_text() == "# second\n" and (target / "notes.txt").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_interrupted_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
+    target = tmp_path / "folder"
+    with written_whole(target) as temporary:
+        (temporary / "a").write_text("old")
+    with pytest.raises(KeyboardInterrupt), written_whole(target) as temporary:
+        (temporary / "a").write_text("new")
+        raise KeyboardInterrupt
+    assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target]
