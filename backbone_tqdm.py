@@ -31,7 +31,7 @@ class SwiGlu(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops the branch of a whole sample with probability `rate`, rescaling the others."""
+    """Stochastic depth: in training drops a sample's branch with probability `rate`, rescaling the others."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -77,7 +77,7 @@ class VisionBlock(GradientCheckpointingLayer):
 
 
 class FeaturePyramid(nn.Module):
-    """Four maps of one size become strides 1/4, 1/2, 1 and 2 of the patch grid: the shallowest tap is the finest map."""
+    """Four maps of one size become strides 1/4, 1/2, 1 and 2 of the patch grid, the shallowest tap the finest."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -139,7 +139,7 @@ class TqdmVisionModel(TqdmBaseModel):
         return self.patch_embed
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size in pixels of the picture that the predictions of a (height, width) image cover, see `patch_remainder`."""
+        """Size in pixels of what the predictions of a (height, width) image cover, see `patch_remainder`."""
         if self.config.patch_remainder == "stretch":
             return height, width
         patch = self.config.patch_size

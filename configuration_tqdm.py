@@ -139,7 +139,7 @@ class TqdmTextConfig(PreTrainedConfig):
 class TqdmConfig(PreTrainedConfig):
     """The whole model. `TqdmConfig()` is CLIP ViT-B/16 at 512 with the 19 Cityscapes classes.
 
-    id2label: class names by id, 0 ... K-1. They are the queries: editing this map is all it takes to have other classes.
+    id2label: class names by id, 0 ... K-1. They are the queries: to have other classes, edit this map.
     token_ids: CLIP token ids by text, filled in for new names (see `resolve_token_ids`).
     Presets: `TqdmConfig.from_preset("clip_vit_b16" | "eva02_clip_l14" | "eva02_clip_b16" | "tiny")`.
     """
@@ -220,7 +220,7 @@ class TqdmConfig(PreTrainedConfig):
         return [self.reference_prompt.replace("{class}", name) for name in self.class_names]
 
     def set_classes(self, id2label: dict[int, str]) -> None:
-        """Another class list, checked, with its token ids. Raises ValueError unless it is 0 ... K-1 to distinct names."""
+        """Another class list, with its token ids. Raises ValueError unless it maps 0 ... K-1 to distinct names."""
         id2label = {int(index): name for index, name in id2label.items()}
         if sorted(id2label) != list(range(len(id2label))) or not id2label:
             raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {sorted(id2label)}")

@@ -1,4 +1,4 @@
-"""Building blocks shared by the towers and decoders: attention behind transformers' interface, feed-forward, base class."""
+"""What towers and decoders share: attention behind transformers' interface, feed-forward, base class."""
 
 import importlib
 import math
@@ -15,8 +15,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 class TqdmBaseModel(PreTrainedModel):
     """What the towers and the whole model share: initialisation rules and loading traits.
 
-    Modules with rules of their own carry an `initialise()` that uses `transformers.initialization`, whose functions leave
-    loaded weights alone. Everything else starts as torch's constructors leave it, as in the published code.
+    Modules with rules of their own carry an `initialise()` that uses `transformers.initialization`, whose functions
+    leave loaded weights alone. Everything else starts as torch's constructors leave it, as in the published code.
     """
 
     main_input_name = "pixel_values"
@@ -103,7 +103,7 @@ AttentionInterface.register("xformers", xformers_attention_forward)
 
 
 def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on adjacent pairs; tokens (B, heads, 1 + N, d), cos and sin (N, d). Token 0, the class, stays."""
+    """Rotary positions on adjacent pairs; tokens (B, heads, 1 + N, d), cos and sin (N, d). Token 0 stays."""
     patches = tokens[:, :, 1:]
     turned = torch.stack((-patches[..., 1::2], patches[..., 0::2]), -1).flatten(-2)  # (B, heads, N, d)
     return torch.cat((tokens[:, :, :1], (patches * cos + turned * sin).to(tokens.dtype)), 2)

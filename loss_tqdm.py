@@ -1,7 +1,7 @@
 """Losses of tqdm: fixed matching of query q to class q, over all layers at once, and the three regularisers.
 
-Letters: B batch, K classes = textual queries, L predictions (bare queries and every layer), M supervised masks, P points,
-E image-text width, H, W image, h, w mask logits.
+Letters: B batch, K classes = textual queries, L predictions (bare queries and every layer), M supervised masks,
+P points, E image-text width, H, W image, h, w mask logits.
 """
 
 import torch
@@ -75,7 +75,8 @@ def choose_points(
     """Random points (L, M, P, 2), x, y in 0 ... 1 of the image: most of them where the masks are least certain.
 
     mask_logits (L, M, h, w); extent (2): the image's share x, y of what the logits cover. Of num_points times
-    oversample_ratio uniform points the importance_sample_ratio part with the smallest |logit| is kept, the rest drawn anew.
+    oversample_ratio uniform points, the smallest |logit| decide importance_sample_ratio of the result; the rest is drawn
+    anew.
     """
     predictions, masks = mask_logits.shape[:2]
     uncertain = int(importance_sample_ratio * num_points)
@@ -149,9 +150,9 @@ def score_map_loss(
 ) -> Tensor:
     """Cross-entropy of the score map / temperature, enlarged to the labels (paper equation 7). Scalar.
 
-    score_map (B, K, h, w) of cosines covers an area of `covered` (rows, columns) pixels, of which labels (B, H, W) are the
-    top left. over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count
-    in the denominator, as published.
+    score_map (B, K, h, w) of cosines covers `covered` (rows, columns) pixels, of which labels (B, H, W) are the top left.
+    over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count in the
+    denominator, as published.
     """
     height, width = labels.shape[-2:]
     logits = F.interpolate(score_map.float() / temperature, covered, mode="bilinear", align_corners=False)

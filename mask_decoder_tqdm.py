@@ -1,6 +1,6 @@
 """Mask decoder of tqdm: textual queries read the pixels that their own masks point at, layer by layer (section 3.2).
 
-Letters: B batch, K classes = textual queries, N pixel tokens of a level, C hidden, E image-text width, h, w a level's size.
+Letters: B batch, K classes = textual queries, N pixel tokens of a level, C hidden, E image-text width, h, w a level.
 """
 
 import torch
@@ -30,7 +30,7 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, queries: Tensor, query_positions: Tensor, keys: Tensor, pixels: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """queries (B, K, C), query_positions (K, C), keys and pixels (B, N, C), mask (B, 1, K, N) -> queries (B, K, C)."""
+        """queries (B, K, C), query_positions (K, C), keys, pixels (B, N, C), mask (B, 1, K, N) -> queries (B, K, C)."""
         context = self.cross_attention(queries + query_positions, keys, pixels, attention_mask)  # (B, K, C)
         queries = self.norm1(queries + context)
         positioned = queries + query_positions

@@ -1,12 +1,14 @@
 """tqdm, the Textual Query-Driven Mask Transformer (Pak et al., ECCV 2024, arXiv 2407.09033), for transformers.
 
-    image ──> vision tower ──> 4 maps ───────────────> pixel decoder ──> pixels, pyramid ─┐
-                   │                                        ↑ text-to-pixel attention     ├──> mask decoder ──> class and
-                   └──> tokens ──> context decoder ──> textual queries ───────────────────┘                    mask logits
-    class names ──> frozen text tower ─────┘
+    image ──> vision tower ──> 4 maps ─────────────> pixel decoder ──> pixels, pyramid ──┐
+                   │                                      ↑ text-to-pixel attention      ├──> mask decoder ──> class and
+                   └──> tokens ──> context decoder ──> textual queries ──────────────────┘                     mask logits
+                                         ↑
+    class names ──> frozen text tower ───┘
 
-Letters: B batch, K classes = textual queries, N pixel tokens, C hidden width, D vision width, T text width, E image-text
-width, H, W image, h, w feature map, L predictions (bare queries, then every layer), P sampled points, M supervised masks.
+Letters: B batch, K classes = textual queries, N pixel tokens, C hidden width, D vision width, T text width,
+E image-text width, H, W image, h, w feature map, L predictions (bare queries, then every layer), P sampled points,
+M supervised masks.
 """
 
 from dataclasses import dataclass
@@ -103,7 +105,7 @@ class TqdmModel(TqdmPreTrainedModel):
 
     @can_return_tuple
     def forward(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> TqdmModelOutput:
-        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, else made here."""
+        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, or none."""
         features, tokens = self.vision_tower(pixel_values)  # 4 x (B, D, h, w), (B, 1 + N, E)
         text = self.text_queries(tokens, encoded_text)  # (B, K, E)
         pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
@@ -120,7 +122,7 @@ class TqdmModel(TqdmPreTrainedModel):
 
 
 def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
-    """class_logits (B, K, K + 1), mask_logits (B, K, h, w) -> (B, K, h, w): sum over q of P(class | q) sigmoid(mask q)."""
+    """class_logits (B, K, K + 1), mask_logits (B, K, h, w) -> (B, K, h, w): sum over q of P(k | q) sigmoid(mask q)."""
     return torch.einsum("bqk,bqhw->bkhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 
@@ -210,8 +212,8 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
     ) -> dict[str, Tensor]:
         """Every weighted term by name; arguments as in `forward`.
 
-        loss_class, loss_mask and loss_dice belong to the last layer, loss_class_0 ... to the bare queries and the layers
-        before it. points (L, M, P, 2), x, y in 0 ... 1, replace the random ones.
+        loss_class, loss_mask and loss_dice belong to the last layer, loss_class_0 ... to the bare queries and the
+        layers before it. points (L, M, P, 2), x, y in 0 ... 1, replace the random ones.
         """
         config = self.config
         height, width = labels.shape[-2:]
@@ -262,7 +264,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         return F.interpolate(scores, covered, mode="bilinear", align_corners=False)[..., :height, :width]
 
     def window_scores(self, pixel_values: Tensor) -> Tensor:
-        """Scores (B, K, H, W) averaged over sliding windows of `config.window_size` every `config.window_stride` pixels.
+        """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
 
         A side smaller than the window is used as it is. `config.window_batch_size` windows of an image go through the
         model at once, and the class names through the text tower once.
@@ -315,7 +317,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
     ) -> Tensor:
         """Scores (B, K, h, w) of images at any size, by windows where `config.window_size` asks for them.
 
-        views: pixel_values (B, 3, H, W), or a list of them, the same images at several scales, whose scores are averaged.
+        views: pixel_values (B, 3, H, W), or a list of the same images at several scales, whose scores are averaged.
         size: height and width of the result (bilinear), by default those of the first view.
         flip: average every view with its mirror image.
         softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code

@@ -11,8 +11,8 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 class FrozenReference(nn.Module):
     """A copy of the vision tower, and the reference text embeddings, taken before training starts.
 
-    Make it when the model holds its pre-trained weights and keep it out of what is saved. In the published code the copy
-    is switched back into train mode by the runner, so that CLIP's drop-path makes the target noisy:
+    Make it when the model holds its pre-trained weights and keep it out of what is saved. In the published code the
+    runner switches the copy back into train mode, so that CLIP's drop-path makes the target noisy:
     `follow_train_mode=True` reproduces that; otherwise the copy stays in eval mode.
     """
 

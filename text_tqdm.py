@@ -138,7 +138,7 @@ class ContextDecoder(nn.Module):
 
 
 class TextualQueries(nn.Module):
-    """One query per class name: frozen text tower with a learned prompt, then what the image adds (paper section 3.2)."""
+    """One query per class name: frozen text tower with a learned prompt, then what the image adds (section 3.2)."""
 
     def __init__(self, config: TqdmConfig):
         super().__init__()

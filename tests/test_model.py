@@ -371,7 +371,7 @@ def test_gradient_checkpointing_changes_nothing(model, images, labels):
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             module._gradient_checkpointing_func = lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
     again, checkpointed = step(model, images, labels)
-    # Four vision, one text, one pixel decoder and two mask decoder layers; the frozen text tower is in it for its prompt.
+    # Four vision, one text (frozen, but its prompt learns), one pixel decoder and two mask decoder layers.
     assert len(calls) == 8 + 1  # and the text tower once more for the reference texts
     same(loss, again)
     assert gradients.keys() == checkpointed.keys()
