@@ -75,8 +75,7 @@ def choose_points(
     """Random points (L, M, P, 2), x, y in 0 ... 1 of the image: most of them where the masks are least certain.
 
     mask_logits (L, M, h, w); extent (2): the image's share x, y of what the logits cover. Of num_points times
-    oversample_ratio uniform points, the smallest |logit| decide importance_sample_ratio of the result; the rest is drawn
-    anew.
+    oversample_ratio uniform points, the smallest |logit| make up importance_sample_ratio; the rest is new.
     """
     predictions, masks = mask_logits.shape[:2]
     uncertain = int(importance_sample_ratio * num_points)
@@ -150,9 +149,9 @@ def score_map_loss(
 ) -> Tensor:
     """Cross-entropy of the score map / temperature, enlarged to the labels (paper equation 7). Scalar.
 
-    score_map (B, K, h, w) of cosines covers `covered` (rows, columns) pixels, of which labels (B, H, W) are the top left.
-    over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count in the
-    denominator, as published.
+    score_map (B, K, h, w) of cosines spans `covered` (rows, columns) pixels, of which labels (B, H, W) are top left.
+    over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count in
+    the denominator, as published.
     """
     height, width = labels.shape[-2:]
     logits = F.interpolate(score_map.float() / temperature, covered, mode="bilinear", align_corners=False)

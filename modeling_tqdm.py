@@ -1,8 +1,8 @@
 """tqdm, the Textual Query-Driven Mask Transformer (Pak et al., ECCV 2024, arXiv 2407.09033), for transformers.
 
-    image ──> vision tower ──> 4 maps ─────────────> pixel decoder ──> pixels, pyramid ──┐
-                   │                                      ↑ text-to-pixel attention      ├──> mask decoder ──> class and
-                   └──> tokens ──> context decoder ──> textual queries ──────────────────┘                     mask logits
+    image ──> vision tower ──> 4 maps ──────────────> pixel decoder ──> pixels, pyramid ─┐
+                   │                                       ↑ text-to-pixel attention     ├──> mask decoder ──> class
+                   └──> tokens ──> context decoder ──> textual queries ──────────────────┘      and mask logits
                                          ↑
     class names ──> frozen text tower ───┘
 

@@ -159,7 +159,7 @@ class PixelDecoder(nn.Module):
         init.normal_(self.text_positions)
 
     def forward(self, features: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 x (B, C, h, w), coarse first."""
+        """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 maps coarse to fine."""
         finest, *coarser = features
         maps = [project(x) for project, x in zip(self.inputs, reversed(coarser), strict=True)]  # coarse to fine
         sizes = [tuple(x.shape[-2:]) for x in maps]
