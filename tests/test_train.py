@@ -1,0 +1,329 @@
+"""The training program on a very small model and 40-pixel images: recipe, exact resume, outputs, clear errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import micro_model
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+import tqdm_seg.train as program
+from tqdm_seg.data_tqdm import FrameDataset, TrainDraws, find_pairs, frame_loader
+from tqdm_seg.evaluate_tqdm import evaluate, predict_frame
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.metrics_tqdm import confusion_matrix, mean_iou
+from tqdm_seg.train import RecentLosses, learning_rate, main, make_scheduler, parameter_groups, parse_args
+
+CLASSES = ["road", "sky"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """A model folder to start from, with everything random that a real model has in training."""
+    folder = tmp_path_factory.mktemp("start")
+    micro_model(
+        id2label=dict(enumerate(CLASSES)), context_decoder_dropout=0.1, vision_config={"drop_path_rate": 0.2}
+    ).save_pretrained(folder)
+    TqdmImageProcessor().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Four training and three held-back frames, bright below and dark above a line; the lower part is class 1."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    for split, count in (("training", 4), ("validation", 3)):
+        for kind in ("image_data", "gt_image"):
+            (root / split / f"x_{split}" / kind).mkdir(parents=True)
+        for i in range(count):
+            labels = np.zeros((40, 40), np.uint8)
+            labels[15 + 3 * i :] = 255
+            image = (labels[..., None] // 2 + rng.integers(0, 90, (40, 40, 3))).astype(np.uint8)
+            Image.fromarray(image).save(root / split / f"x_{split}" / "image_data" / f"{i}.png")
+            Image.fromarray(labels).save(root / split / f"x_{split}" / "gt_image" / f"{i}_fillcolor.png")
+    return root
+
+
+@pytest.fixture
+def arguments(start, data):
+    """Command line of a run of six steps; more options can be added."""
+
+    def make(out: Path, *more: str) -> list[str]:
+        fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
+        return [*fixed.split(), "--log-every", "1", "--save-every", "2", "--overlays", "2", "--lr", "1e-3", *more]
+
+    return make
+
+
+def log_of(out: Path) -> list[dict]:
+    """The log lines without the speed, which differs from run to run."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+
+
+# -- recipe ---------------------------------------------------------------------------------------------------------
+
+
+def test_groups_are_those_of_the_published_recipe():
+    model = micro_model("eva02")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, 1e-2, 0.1)}
+    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
+        "vision": (1e-4, 1e-2),
+        "norms": (1e-3, 0.0),
+        "rest": (1e-3, 1e-2),
+    }
+    members = {name: {names[parameter] for parameter in group["params"]} for name, group in groups.items()}
+    assert sum(map(len, members.values())) == sum(p.requires_grad for p in model.parameters())
+    assert not any("text_tower" in name for group in members.values() for name in group)
+    assert "model.vision_tower.blocks.0.norm1.weight" in members["vision"]  # the tower's norms have decay
+    assert "model.vision_tower.pyramid.up2.weight" in members["vision"]
+    assert "model.mask_decoder.layers.0.norm1.bias" in members["norms"]
+    assert all(name in members["rest"] for name in names.values() if ".prompt" in name or ".gamma" in name)
+
+
+def test_learning_rate_by_hand():
+    published = {"steps": 20000, "warmup_steps": 1500, "min_lr": 1e-6}
+    expected = {
+        0: 1e-10,  # 1e-4 * 1e-6
+        750: (1e-6 + 9.9e-5 * 0.966186) * 0.5000005,  # 0.9625 ** 0.9 = 0.966186, and half way through the warm-up
+        1500: 1e-6 + 9.9e-5 * 0.932240,  # 0.925 ** 0.9
+        10000: 1e-6 + 9.9e-5 * 0.535887,  # 0.5 ** 0.9
+        20000: 1e-6,
+    }
+    for step, rate in expected.items():
+        assert learning_rate(step, 1e-4, **published) == pytest.approx(rate, rel=2e-6), step
+    # The published vision tower: base and end are the same, so that its rate stands still after the warm-up.
+    assert [learning_rate(step, 1e-6, **published) for step in (1500, 9000, 19999)] == [1e-6] * 3
+    assert learning_rate(0, 1e-3, steps=10, warmup_steps=0, min_lr=0) == 1e-3
+
+
+def test_scheduler_gives_every_group_its_own_curve():
+    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    optimizer = torch.optim.AdamW([{"params": [weights[0]], "lr": 1e-2}, {"params": [weights[1]], "lr": 1e-3}])
+    scheduler = make_scheduler(optimizer, steps=5, warmup_steps=2, min_lr=1e-3)
+    for step in range(5):
+        for group, base in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
+            assert group["lr"] == pytest.approx(learning_rate(step, base, 5, 2, 1e-3), rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
+    args = parse_args([])
+    assert (args.model, args.data, args.out) == ("tiny", "examples/orfd_mini", "runs/quickstart")
+    assert len(find_pairs(Path(__file__).parents[1] / args.data, "training")) == 56
+
+
+@pytest.mark.parametrize("option", ["--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2"])
+def test_impossible_numbers_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(option.split())
+    assert option in capsys.readouterr().err
+
+
+# -- runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(start, data, tmp_path_factory):
+    """Folder and results of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
+    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3"
+    return out, main([*fixed.split(), *more.split()])
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 5])
+def test_resumed_run_ends_with_the_very_same_weights(finished, arguments, tmp_path, monkeypatch, interrupted_at):
+    original = TrainDraws.__getitem__
+
+    def interrupt(self, draw):
+        if draw[0] == interrupted_at:
+            raise KeyboardInterrupt
+        return original(self, draw)
+
+    monkeypatch.setattr(TrainDraws, "__getitem__", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        main(arguments(tmp_path / "run", "--eval-every", "3"))
+    assert log_of(tmp_path / "run")[-1]["step"] == interrupted_at
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # the state of the global generator must not matter
+    results = main(arguments(tmp_path / "run", "--eval-every", "3", "--resume"))
+
+    whole, expected = finished
+    assert results == expected and log_of(tmp_path / "run") == log_of(whole)
+    one, other = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", whole))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (
+        torch.load(out / "checkpoints" / "step_0000006" / "training_state.pt", weights_only=True)
+        for out in (tmp_path / "run", whole)
+    )
+    assert one["scheduler"] == other["scheduler"]
+    for key, moments in one["optimizer"]["state"].items():
+        assert all(torch.equal(moments[name], other["optimizer"]["state"][key][name]) for name in moments)
+
+
+def test_training_changes_what_it_should_and_nothing_else(finished, start):
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, finished[0] / "model"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert all(name in same for name in before if ".text_tower." in name)
+    assert not any(".prompt" in name or ".gamma" in name or ".patch_embed" in name for name in same)
+    assert not any("reference" in name for name in after)
+
+
+def test_accumulated_batches_are_one_step(arguments, tmp_path):
+    main(arguments(tmp_path / "run", "--accumulation", "2", "--steps", "2"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step_0000002" / "training_state.pt", weights_only=True)[
+        "optimizer"
+    ]["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {2}
+
+
+def test_only_the_newest_checkpoints_stay(finished):
+    assert sorted(path.name for path in (finished[0] / "checkpoints").iterdir()) == ["step_0000004", "step_0000006"]
+
+
+def test_checkpoint_is_whole_or_absent(arguments, tmp_path, monkeypatch):
+    original, calls = torch.save, []
+
+    def fail_at_second(content, path):
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError("disk full")
+        original(content, path)
+
+    monkeypatch.setattr(torch, "save", fail_at_second)
+    with pytest.raises(OSError, match="disk full"):
+        main(arguments(tmp_path / "run"))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_0000002"]
+    monkeypatch.undo()
+    main(arguments(tmp_path / "run", "--resume"))
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_log_has_every_loss_rates_and_evaluations(finished):
+    lines = log_of(finished[0])
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4, 5, 6]
+    terms = {"loss_class", "loss_mask_0", "loss_dice_1", "loss_textual", "loss_visual", "loss_score_map"}
+    assert terms < training[0].keys()
+    total = sum(value for name, value in training[0].items() if name.startswith("loss_"))
+    assert training[0]["loss"] == pytest.approx(total, rel=1e-6)
+    assert [line["lr_rest"] for line in training] == pytest.approx(
+        [learning_rate(step, 1e-3, 6, 2, 1e-6) for step in range(6)], rel=1e-9
+    )
+    assert [line["step"] for line in lines if "miou" in line] == [3]
+
+
+def test_model_folder_loads_as_remote_code_and_scores_as_reported(finished, data):
+    out, results = finished
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    processor = AutoImageProcessor.from_pretrained(out / "model", trust_remote_code=True)
+    model = AutoModelForSemanticSegmentation.from_pretrained(out / "model", trust_remote_code=True)
+    trained = load_file(out / "checkpoints" / "step_0000006" / "model" / "model.safetensors")
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    matrix = 0
+    for pair in find_pairs(data, "validation"):
+        image, truth = Image.open(pair.image), np.array(Image.open(pair.label)) // 255
+        with torch.no_grad():
+            outputs = model(**processor(images=image, return_tensors="pt"))
+        labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
+        matrix = matrix + confusion_matrix(labels, torch.from_numpy(truth), 2)
+    assert mean_iou(matrix) == results["miou"]
+
+
+def test_report_names_result_protocol_and_data(finished, data):
+    out, results = finished
+    protocol = results["protocol"]
+    assert protocol["frames"] == 3 and protocol["image_size"] == protocol["truth_size"] == {"40x40": 3}
+    # The micro model's windows are smaller than these images.
+    assert (protocol["mode"], protocol["window"], protocol["stride"]) == ("slide", 32, 20)
+    assert protocol["labels"]["classes"] == {0: "road", 1: "sky"} and protocol["labels"]["rule"] == "orfd"
+    card = (out / "model" / "README.md").read_text()
+    header = card.split("---")[1].splitlines()
+    assert {"library_name: transformers", "pipeline_tag: image-segmentation", "license: apache-2.0"} <= set(header)
+    assert f"| **mean** | **{100 * results['miou']:.2f}** |" in card
+    assert "No scene is in both parts" in card and str(data) in card
+    overlays = sorted((out / "overlays").glob("*.png"))
+    assert len(overlays) == 2 and all(Image.open(path).size[0] > 1000 for path in overlays)
+    assert json.loads((out / "args.json").read_text())["crop"] == 32
+
+
+def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
+    more = ("--classes", "road,car,train", "--steps", "1", "--save-every", "0")
+    with pytest.raises(ValueError, match="two classes apart, not 3; use --label-rule ids"):
+        main(arguments(tmp_path / "run", *more))
+    results = main(arguments(tmp_path / "run", *more, "--label-rule", "ids", "--lr", "1e-12"))
+    assert list(results["iou"]) == ["road", "car", "train"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))
+    reshaped = {name for name in before if before[name].shape != after[name].shape}
+    assert {name.split(".")[2] for name in reshaped} == {"text_positions", "query_positions", "class_head"}
+    kept = "model.vision_tower.patch_embed.weight"
+    torch.testing.assert_close(before[kept], after[kept], atol=1e-9, rtol=0)
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_earlier_run_is_not_overwritten(finished, arguments):
+    with pytest.raises(FileExistsError, match="holds a run; add --resume"):
+        main(arguments(finished[0]))
+
+
+def test_missing_data_and_model_are_named_before_anything_is_written(arguments, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no folder .*nowhere/training"):
+        main(arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
+    with pytest.raises(FileNotFoundError, match="--model no_such_thing is no preset"):
+        main(arguments(tmp_path / "run", "--model", "no_such_thing"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_non_finite_loss_names_the_images_and_saves_nothing(arguments, tmp_path, monkeypatch):
+    original = TrainDraws.__getitem__
+
+    def poison(self, draw):
+        sample = original(self, draw)
+        if draw == (2, 1):
+            sample["pixel_values"][0, 0, 0] = float("nan")
+        return sample
+
+    monkeypatch.setattr(TrainDraws, "__getitem__", poison)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite at step 2, images training/x_training/image_data/\d\.png"
+    ):
+        main(arguments(tmp_path / "run", "--log-every", "10", "--save-every", "4"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_non_finite_loss_is_traced_to_the_first_bad_batch():
+    recent = RecentLosses()
+    recent.add(7, ["good"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.0)})
+    recent.add(8, ["bad", "worse"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(float("inf"))})
+    recent.add(9, ["after"], {"loss_a": torch.tensor(float("nan")), "loss_b": torch.tensor(float("nan"))})
+    with pytest.raises(FloatingPointError, match="^loss_b not finite at step 8, images bad, worse;"):
+        recent.means(program.Accelerator())
+
+
+# -- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_pools_counts_and_leaves_the_model_as_it_was(data):
+    model = micro_model(id2label=dict(enumerate(CLASSES)), context_decoder_dropout=0.5).train()
+    frames = FrameDataset(find_pairs(data, "validation"), "orfd", 2)
+    processor, accelerator = TqdmImageProcessor(), program.Accelerator()
+    results = [evaluate(model, processor, frame_loader(frames, 0), "orfd", accelerator) for _ in range(2)]
+    assert model.training and results[0] == results[1]  # dropout was off
+    model.eval()
+    matrix = 0
+    for i in range(len(frames)):
+        prediction, _ = predict_frame(model, processor, frames[i])
+        matrix = matrix + confusion_matrix(prediction, torch.from_numpy(frames[i].labels), 2)
+    assert results[0]["miou"] == mean_iou(matrix)
