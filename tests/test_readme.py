@@ -1,0 +1,73 @@
+"""What the README shows works: its Python runs, its commands parse, its files exist."""
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import micro_model
+
+from tqdm_seg import convert_checkpoint, predict, train
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.publish_tqdm import save_model_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch) -> Path:
+    """A folder with the example frames and a model where the quick start leaves one."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    save_model_folder(micro_model(window_size=None), TqdmImageProcessor(), tmp_path / "runs/quickstart/model")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_python_block_runs(checkout):
+    assert len(blocks("python")) == 2
+    for code in blocks("python"):
+        scope: dict = {}
+        exec(code, scope)
+        if "masks" in scope:
+            assert scope["labels"].shape == scope["image"].size[::-1]
+            assert scope["masks"].keys() <= set(scope["model"].config.id2label.values()) and scope["masks"]
+
+
+def test_every_command_parses():
+    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    parsers = {
+        "predict.py": lambda argv: predict.make_parser().parse_args(argv),
+        "convert_checkpoint.py": convert_checkpoint.parse_args,
+    }
+    seen = 0
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "python" and words[1] in parsers:
+            parsers[words[1]](words[2:])
+            seen += 1
+    assert seen >= 4
+    options = re.findall(r"`accelerate launch train.py (--.*?)`", README)
+    assert options
+    for line in options:
+        train.parse_args(shlex.split(line))
+
+
+def test_the_first_commands_are_install_and_train_then_the_tests():
+    first, second = blocks("bash")[:2]
+    assert first.strip() == "pip install -e . && accelerate launch train.py"
+    assert second.strip() == 'pip install -e ".[test]" && python -m pytest'
+    # CI runs the second one, word for word but for the quiet option.
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'pip install --quiet -e ".[test]"' in ci and "python -m pytest" in ci
+
+
+def test_the_file_map_is_complete():
+    listed = set(re.findall(r"`([a-z0-9_]+\.py)`", README[README.index("## Files") :]))
+    assert listed == {file.name for file in ROOT.glob("*.py")} - {"setup.py"}
+    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)(.*?)\)", README))
