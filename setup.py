@@ -4,6 +4,16 @@ The distribution is not called "tqdm": that name belongs to the progress bar.
 """
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+
+class BuildModules(build_py):
+    """Leaves this file, which lies among the modules, out of the package."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        """(package, module, file) of every module."""
+        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+
 
 setup(
     name="tqdm-segmentation",
@@ -14,6 +24,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"tqdm_seg": "."},
     packages=["tqdm_seg"],
+    cmdclass={"build_py": BuildModules},
     install_requires=[
         "torch>=2.10",
         "torchvision>=0.25",
@@ -26,5 +37,5 @@ setup(
         "pillow>=11",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=15"]},
+    extras_require={"test": ["av>=15", "pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=15"]},
 )

@@ -205,7 +205,9 @@ def test_the_loss_is_not_summed_over_accumulated_batches(images, labels, tmp_pat
 
 def test_round_trip_is_bit_equal_and_safetensors(model, images, tmp_path):
     model.save_pretrained(tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    # The code comes along where a test before this one has published a model; that is what transformers remembers.
+    data = {file.name for file in tmp_path.iterdir() if file.suffix != ".py"}
+    assert data == {"config.json", "model.safetensors"}
     loaded = TqdmForSemanticSegmentation.from_pretrained(tmp_path)
     assert loaded.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(loaded.state_dict()[key], value) for key, value in model.state_dict().items())
