@@ -77,9 +77,9 @@ def check_shard(folder: Path, num_classes: int, record: dict[str, Any], index: p
         return f"index.parquet has {index.num_rows} rows of {record['file']}, the manifest {record['rows']}"
     row = 0
     try:
-        parquet = pq.ParquetFile(BytesIO(content))
+        parquet = pq.ParquetFile(pa.BufferReader(content))
         for group in range(parquet.num_row_groups):
-            for stored in parquet.read_row_group(group).to_pylist():
+            for stored in parquet.read_row_group(group, use_threads=False).to_pylist():
                 expected = index.slice(row, 1).to_pylist()[0]
                 problem = _check_row(stored, expected, num_classes)
                 if problem:
