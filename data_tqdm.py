@@ -1,47 +1,36 @@
-"""Image/label pairs in the ORFD layout, and the published augmentation, a pure function of (seed, step, row).
+"""Frames of prepared datasets for training and evaluation, and the plan that says which frame is trained on when.
 
-    <root>/<split>/<scene>/image_data/<frame>.png                  (the scene level may be missing)
-    <root>/<split>/<scene>/gt_image/<frame>_fillcolor.png
+Sample n of a run (n = step * samples per step + row) is a pure function of (seed, n): its class, its frame and every
+draw of its augmentation. So any number of workers and processes makes the same global batches, and a run goes on from
+any step knowing nothing but its number. Data without an index is read in its own order by `PlainRows`.
 
-Letters: B batch, K classes, H, W image, h, w crop, M supervised masks.
+Letters: R frames, K classes, N samples, B batch, H, W image, h, w crop, M supervised masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal, NamedTuple
+from io import BytesIO
+from itertools import islice
+from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
-from PIL import Image
+from datasets.distributed import split_dataset_by_node
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from tqdm_seg.augment_tqdm import TrainTransform
+from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap
 from tqdm_seg.loss_tqdm import supervised_masks
+from tqdm_seg.shards_tqdm import read_frame, read_index
 
-IGNORE_INDEX = 255
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 # A set smaller than this is kept decoded in memory, once per loader process.
 CACHE_BYTES = 256 * 2**20
-
-LabelRule = Literal["orfd", "ids"]
-LABEL_RULES: dict[LabelRule, str] = {
-    "orfd": "class 1 where the label's brightness (third colour channel) is above 200, else class 0; the grey that "
-    f"ORFD gives to the unreachable part (sky) is class 0, not ignored; {IGNORE_INDEX} appears only as padding",
-    "ids": f"the pixel value (of a palette image: the index) is the class id, {IGNORE_INDEX} is ignored",
-}
-
-
-class Pair(NamedTuple):
-    """Where one frame lies. `scene` is empty in the layout without scene folders, whose paths do not tell it."""
-
-    key: str
-    scene: str
-    image: Path
-    label: Path
+# Samples that are planned at a time.
+PLAN_BLOCK = 2**16
 
 
 class Frame(NamedTuple):
@@ -53,263 +42,173 @@ class Frame(NamedTuple):
     labels: np.ndarray
 
 
-def find_pairs(root: Path, split: str) -> list[Pair]:
-    """All frames of `root/split`, sorted by path; raises FileNotFoundError for missing folders, images or labels."""
-    folder = root / split
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"no folder {folder}; --data must hold {split}/<scene>/image_data and {split}/<scene>/gt_image"
-        )
-    flat = (folder / "image_data").is_dir()
-    pairs = []
-    for scene in [folder] if flat else sorted(folder.iterdir()):
-        for image in sorted((scene / "image_data").glob("*")):
-            if image.suffix.lower() not in IMAGE_SUFFIXES:
-                continue
-            label = scene / "gt_image" / f"{image.stem}_fillcolor.png"
-            if not label.is_file():
-                raise FileNotFoundError(f"image {image} has no label {label}; add the label or remove the image")
-            pairs.append(Pair(str(image.relative_to(root)), "" if flat else scene.name, image, label))
-    if not pairs:
-        raise FileNotFoundError(f"{folder} holds no image; expected {folder}/<scene>/image_data/<frame>.png")
-    return pairs
-
-
-def read_image(path: Path) -> np.ndarray:
-    """(H, W, 3) uint8 RGB; raises ValueError naming the file when it cannot be decoded."""
-    image, _ = _decode(path)
-    return np.array(image.convert("RGB"))
-
-
-def read_labels(path: Path, rule: LabelRule, num_classes: int) -> np.ndarray:
-    """(H, W) uint8 class ids, 255 ignored, by one of `LABEL_RULES`.
-
-    Raises ValueError naming the file when it cannot be decoded, when its kind does not carry the values that the rule
-    needs, and for values that are no class.
-    """
-    image, raw_mode = _decode(path)
-    if rule == "orfd":
-        if image.mode not in ("1", "L", "P", "RGB", "RGBA"):
-            raise ValueError(f"label {path} is of mode {image.mode}; ORFD labels are 8-bit grey or RGB PNG")
-        return (np.asarray(image.convert("RGB"))[..., 2] > 200).astype(np.uint8)
-    # Colours are no ids, and Pillow stretches the values of 2- and 4-bit grey files over 0 ... 255.
-    if image.mode not in ("L", "P") or raw_mode in ("L;2", "L;4"):
-        raise ValueError(
-            f"label {path} (mode {raw_mode or image.mode}) holds no class ids that survive reading; save it as 8-bit "
-            "grey or palette PNG whose values are the ids"
-        )
-    ids = np.array(image)
-    strange = np.unique(ids[(ids >= num_classes) & (ids != IGNORE_INDEX)])
-    if len(strange):
-        raise ValueError(
-            f"label {path} holds the values {strange.tolist()}, which are no class of 0 ... {num_classes - 1} and not "
-            f"the ignored {IGNORE_INDEX}; name all classes with --classes, or map the label files to ids first"
-        )
-    return ids
-
-
-def _decode(path: Path) -> tuple[Image.Image, str | None]:
-    """The loaded image, and how its pixels are stored in the file where that is one word ("L;4")."""
+def decode_frame(key: str, scene: str, image: bytes, labels: np.ndarray) -> Frame:
+    """The frame with its picture turned as EXIF says; ValueError naming the key for what does not decode or fit."""
     try:
-        with Image.open(path) as image:
-            stored = image.tile[0].args if image.tile else None
-            image.load()
+        with Image.open(BytesIO(image)) as file:
+            ImageOps.exif_transpose(file, in_place=True)
+            pixels = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
-        raise ValueError(f"cannot read {path} ({error}); copy the file anew or remove the frame") from error
-    return image, stored if isinstance(stored, str) else None
+        raise ValueError(f"picture {key} cannot be decoded ({error}); copy it anew or leave the frame out") from error
+    if pixels.shape[:2] != labels.shape:
+        raise ValueError(
+            f"label of {key} is {labels.shape[1]}x{labels.shape[0]}, its picture {pixels.shape[1]}x{pixels.shape[0]} "
+            "(width x height); use the label that was drawn on this picture, or leave the frame out"
+        )
+    return Frame(key, scene, pixels, labels)
 
 
 class FrameDataset(Dataset):
-    """Decoded frames by index, kept in memory when all of them are small enough together."""
+    """Decoded frames of one split of a prepared dataset, in the order of its index.
 
-    def __init__(self, pairs: list[Pair], rule: LabelRule, num_classes: int):
-        if rule == "orfd" and num_classes != 2:
-            raise ValueError(f"ORFD labels tell two classes apart, not {num_classes}; use --label-rule ids")
-        self.pairs, self.rule, self.num_classes = pairs, rule, num_classes
-        first = self._read(pairs[0])
-        size = len(pairs) * (first.image.nbytes + first.labels.nbytes)
+    folder: what a program of dataset_scripts/ has made: a local folder or any URL that fsspec reads (hf://, s3://,
+    https://). Frames are read one by one by their byte ranges; a small set is then kept in memory.
+    Raises FileNotFoundError for an unfinished folder, ValueError for a missing split.
+    """
+
+    def __init__(self, folder: str, split: str):
+        self.index = read_index(folder, split)
+        self.folder, self.split = folder, split
+        self.classes: list[str] = self.index.manifest["classes"]
+        self.label_map: dict[str, str] = self.index.manifest["label_map"]
+        self.keys: list[str] = self.index.table["key"].to_pylist()
+        self.scenes: list[str] = self.index.table["scene"].to_pylist()
+        sides = (self.index.table[side].to_numpy().astype(np.int64) for side in ("height", "width"))
+        size = 4 * int(np.multiply(*sides).sum())  # three bytes of colour and one of label
         self.cache: dict[int, Frame] | None = {} if size <= CACHE_BYTES else None
 
     def __len__(self) -> int:
-        return len(self.pairs)
+        return len(self.index)
 
-    def __getitem__(self, index: int) -> Frame:
+    def __getitem__(self, row: int) -> Frame:
         if self.cache is None:
-            return self._read(self.pairs[index])
-        if index not in self.cache:
-            self.cache[index] = self._read(self.pairs[index])
-        return self.cache[index]
+            return self._read(row)
+        if row not in self.cache:
+            self.cache[row] = self._read(row)
+        return self.cache[row]
 
-    def _read(self, pair: Pair) -> Frame:
-        image = read_image(pair.image)
-        labels = read_labels(pair.label, self.rule, self.num_classes)
-        if labels.shape != image.shape[:2]:
-            height, width = labels.shape
-            raise ValueError(
-                f"label {pair.label} is {height}x{width}, its image {image.shape[0]}x{image.shape[1]} (height x "
-                "width); use the label that was drawn for this image, or remove the frame"
-            )
-        return Frame(pair.key, pair.scene, image, labels)
+    def _read(self, row: int) -> Frame:
+        image, label = read_frame(self.index, row)
+        return decode_frame(self.keys[row], self.scenes[row], image, np.asarray(Image.open(BytesIO(label))))
 
 
-def resize(image: np.ndarray, labels: np.ndarray, ratio: float) -> tuple[np.ndarray, np.ndarray]:
-    """Both scaled by one ratio: bilinear and nearest, without the low-pass filter before shrinking, as OpenCV does."""
-    size = [max(round(side * ratio), 1) for side in labels.shape]
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]  # (1, 3, H, W)
-    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0)
-    ids = F.interpolate(torch.from_numpy(labels)[None, None], size, mode="nearest")[0, 0]
-    return pixels.numpy(), ids.numpy()
+# -- what is trained on when ----------------------------------------------------------------------------
 
 
-def choose_crop(labels: np.ndarray, crop: int, max_class_share: float, rng: np.random.Generator) -> tuple[slice, slice]:
-    """Rows and columns of a random crop, drawn anew up to 10 times.
-
-    A crop is taken when more than one class is in it and none covers max_class_share of its labelled pixels; the last
-    draw is taken as it is. Sides shorter than `crop` are used whole.
-    """
-
-    def draw() -> tuple[slice, slice]:
-        top, left = (int(rng.integers(max(side - crop, 0) + 1)) for side in labels.shape)
-        return slice(top, top + crop), slice(left, left + crop)
-
-    window = draw()
-    for _ in range(10):
-        counts = np.bincount(labels[window].ravel(), minlength=IGNORE_INDEX + 1)[:IGNORE_INDEX]
-        if (counts > 0).sum() > 1 and counts.max() < max_class_share * counts.sum():
-            break
-        window = draw()
-    return window
-
-
-def rgb_to_hsv(rgb: np.ndarray) -> np.ndarray:
-    """(..., 3) uint8 RGB -> (..., 3) uint8 HSV with H in 0 ... 179 (two degrees each), in OpenCV's arithmetic."""
-    red, green, blue = np.moveaxis(rgb.astype(np.int32), -1, 0)
-    value = np.maximum(np.maximum(red, green), blue)
-    chroma = value - np.minimum(np.minimum(red, green), blue)
-    sector = np.where(
-        value == red, green - blue, np.where(value == green, blue - red + 2 * chroma, red - green + 4 * chroma)
-    )
-    saturation = (chroma * _SATURATION_TABLE[value] + 2048) >> 12
-    hue = (sector * _HUE_TABLE[chroma] + 2048) >> 12
-    return np.stack((np.where(hue < 0, hue + 180, hue), saturation, value), -1).astype(np.uint8)
-
-
-# 255 / value and 30 / chroma in 12-bit fixed point, 0 for 0.
-_SATURATION_TABLE, _HUE_TABLE = (
-    np.append(0, np.rint((full << 12) / np.arange(1, 256))).astype(np.int32) for full in (255, 30)
-)
-
-
-def hsv_to_rgb(hsv: np.ndarray) -> np.ndarray:
-    """Inverse of `rgb_to_hsv` up to rounding: fractions are cut off, as OpenCV does."""
-    hue, saturation, value = np.moveaxis(hsv.astype(np.float32), -1, 0)
-    hue, saturation, value = hue * np.float32(6 / 180), saturation * np.float32(1 / 255), value * np.float32(1 / 255)
-    sector = np.floor(hue)
-    part = hue - sector
-    low, falling, rising = (value * (1 - saturation * x) for x in (1, part, 1 - part))
-    choices = [
-        np.stack(channels, -1)
-        for channels in (
-            (value, rising, low), (falling, value, low), (low, value, rising),
-            (low, falling, value), (rising, low, value), (value, low, falling),
-        )
-    ]  # fmt: skip
-    rgb = np.choose((sector.astype(np.int64) % 6)[..., None], choices)
-    return (rgb * 255).astype(np.uint8)
-
-
-def linear(values: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """values * factor + shift, cut to 0 ... 255 and to whole numbers: uint8 in, uint8 out."""
-    return (values.astype(np.float32) * factor + shift).clip(0, 255).astype(np.uint8)
-
-
-def distort_colours(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast, saturation and hue of (h, w, 3) uint8 RGB, each with probability a half.
-
-    Brightness +-32; contrast and saturation times 0.5 ... 1.5; hue shifted by -18 ... 17 of 180 steps. Contrast comes
-    before or after the two colour steps. Every step rounds to uint8, in RGB or HSV, as the published pipeline does.
-    """
-    brighten, contrast_first, contrast, saturate, turn = rng.random(5) < 0.5
-    if brighten:
-        image = linear(image, shift=rng.uniform(-32, 32))
-    if contrast and contrast_first:
-        image = linear(image, rng.uniform(0.5, 1.5))
-    if saturate:
-        hsv = rgb_to_hsv(image)
-        hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5))
-        image = hsv_to_rgb(hsv)
-    if turn:
-        hsv = rgb_to_hsv(image)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + rng.integers(-18, 18)) % 180
-        image = hsv_to_rgb(hsv)
-    if contrast and not contrast_first:
-        image = linear(image, rng.uniform(0.5, 1.5))
-    return image
-
-
-def to_tensors(image: np.ndarray, labels: np.ndarray, size: int) -> tuple[Tensor, Tensor]:
-    """pixel_values (3, size, size) float32 by CLIP's mean and deviation, labels (size, size) int64.
-
-    Smaller inputs are padded below and right: pixels with 0 after normalising, labels with 255.
-    """
-    mean, std = np.float32(OPENAI_CLIP_MEAN), np.float32(OPENAI_CLIP_STD)
-    pixels = torch.from_numpy((image / np.float32(255) - mean) / std).permute(2, 0, 1)
-    height, width = labels.shape
-    padding = (0, size - width, 0, size - height)
-    ids = torch.from_numpy(labels.astype(np.int64))
-    return F.pad(pixels, padding).contiguous(), F.pad(ids, padding, value=IGNORE_INDEX)
+# One sample of the plan: a frame, the class that it was drawn for (-1: none), the seed of its augmentation.
+DRAW = np.dtype([("frame", np.int64), ("wanted", np.int64), ("seed", np.uint64)])
 
 
 @dataclass(frozen=True)
-class TrainTransform:
-    """The published augmentation: random scale, crop, flip and colours; every draw comes from the generator given.
+class RareClassSampling:
+    """First a class, then a frame with enough of it (DAFormer, and the published recipe with temperature 100).
 
-    crop: side of the result in pixels. scale: range of the resize ratio. max_class_share: see `choose_crop`.
+    Class c is drawn with probability softmax((1 - f_c) / temperature), f_c its share of the labelled pixels, over the
+    classes that occur; then one of the frames with more than `min_pixels` of it. At 100 all classes are as likely as
+    each other to within 1 %; at DAFormer's 0.01 the rarest take almost all.
     """
 
-    crop: int = 512
-    scale: tuple[float, float] = (0.5, 2.0)
-    max_class_share: float = 0.75
+    temperature: float = 100
+    min_pixels: int = 3000
 
-    def __call__(self, image: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """image (H, W, 3) uint8, labels (H, W) uint8 -> pixel_values (3, crop, crop), labels (crop, crop)."""
-        image, labels = resize(image, labels, rng.uniform(*self.scale))
-        window = choose_crop(labels, self.crop, self.max_class_share, rng)
-        image, labels = image[window], labels[window]
-        if rng.random() < 0.5:
-            image, labels = image[:, ::-1], labels[:, ::-1]
-        return to_tensors(distort_colours(image, rng), labels, self.crop)
+    def probabilities(self, class_pixels: np.ndarray) -> np.ndarray:
+        """class_pixels (R, K) -> (K,) float64, 0 for classes that do not occur."""
+        totals = class_pixels.sum(0)
+        if not totals.any():
+            raise ValueError("no pixel of the training frames is labelled; there is nothing to learn")
+        weights = np.exp((1 - totals / totals.sum()) / self.temperature - 1 / self.temperature) * (totals > 0)
+        return weights / weights.sum()
 
 
-class TrainDraws(Dataset):
-    """Augmented frames by (step, row); the same seed, step and row always give the same frame and augmentation.
+class TrainPlan:
+    """Which frame every sample of a run shows; a pure function of (seed, sample).
 
-    Frames are drawn with replacement, so a run has no epochs, and to go on after an interruption it has to know nothing
-    but the step.
+    class_pixels (R, K) int64, labelled pixels of every class in every frame; names: of the classes, for messages.
+    sampling: rare classes, or None: every epoch is a permutation of all frames.
+    Raises ValueError when a class occurs, but in no frame with more than `min_pixels` of it.
     """
 
-    def __init__(self, frames: FrameDataset, transform: TrainTransform, seed: int):
-        self.frames, self.transform, self.seed = frames, transform, seed
+    def __init__(
+        self, class_pixels: np.ndarray, seed: int, sampling: RareClassSampling | None, names: Sequence[str] = ()
+    ):
+        self.seed, self.sampling, self.num_frames = seed, sampling, len(class_pixels)
+        if sampling is None:
+            return
+        self.limits = sampling.probabilities(class_pixels).cumsum()
+        enough = class_pixels > sampling.min_pixels
+        self.counts = enough.sum(0)  # (K,) frames to choose from
+        lacking = np.flatnonzero((class_pixels.sum(0) > 0) & (self.counts == 0))
+        if len(lacking):
+            most = class_pixels[:, lacking[0]].max()
+            raise ValueError(
+                f"no frame has more than {sampling.min_pixels} pixels of {names[lacking[0]] if names else lacking[0]} "
+                f"(at most {most}), so it could not be drawn for this class; lower the minimum to {most - 1} or less, "
+                "or use another sampling"
+            )
+        self.members = np.nonzero(enough.T)[1]  # frames of class 0, of class 1, ...
+        self.starts = self.counts.cumsum() - self.counts
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Tensor | str]:
-        rng = np.random.default_rng([self.seed, *draw])
-        frame = self.frames[int(rng.integers(len(self.frames)))]
-        pixel_values, labels = self.transform(frame.image, frame.labels, rng)
-        return {"pixel_values": pixel_values, "labels": labels, "key": frame.key, "scene": frame.scene}
+    def draws(self, first: int, last: int) -> np.ndarray:
+        """Samples first ... last - 1: (last - first,) of type DRAW."""
+        # Philox is a function of (key, counter); a counter gives four words, which are one sample's.
+        words = np.random.Philox(key=self.seed, counter=first).random_raw(4 * (last - first)).reshape(-1, 4)
+        draws = np.empty(last - first, DRAW)
+        draws["seed"] = words[:, 2]
+        if self.sampling is None:
+            draws["frame"], draws["wanted"] = self._permuted(np.arange(first, last)), -1
+            return draws
+        uniform = (words[:, :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+        wanted = np.minimum(np.searchsorted(self.limits, uniform[:, 0], "right"), np.flatnonzero(self.counts)[-1])
+        draws["frame"] = self.members[self.starts[wanted] + (uniform[:, 1] * self.counts[wanted]).astype(np.int64)]
+        draws["wanted"] = wanted
+        return draws
+
+    def _permuted(self, samples: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(samples, self.num_frames)
+        frames = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_frames)
+            frames[epochs == epoch] = order[places[epochs == epoch]]
+        return frames
 
 
-def batch_draws(
-    first_step: int, last_step: int, batch_size: int, parts: int = 1, process: int = 0, processes: int = 1
-) -> Iterator[list[tuple[int, int]]]:
-    """The (step, row) of every batch that one process reads, for steps first_step ... last_step - 1.
+def planned_batches(
+    plan: TrainPlan, first_step: int, last_step: int, batch_size: int, parts: int = 1, process: int = 0,
+    processes: int = 1,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The draws (batch_size,) of every batch that one process reads, for steps first_step ... last_step - 1.
 
     A step consists of `parts` (accumulated) batches per process. Rows number all samples of a step, so two runs with
     the same rows per step see the same samples, however these are divided among parts and processes.
     """
-    for step in range(first_step, last_step):
-        for part in range(parts):
-            start = (part * processes + process) * batch_size
-            yield [(step, row) for row in range(start, start + batch_size)]
+    rows = batch_size * parts * processes
+    block = max(PLAN_BLOCK // rows, 1)
+    for start in range(first_step, last_step, block):
+        draws = plan.draws(start * rows, min(start + block, last_step) * rows)
+        for number in range(process, len(draws) // batch_size, processes):
+            yield draws[number * batch_size : (number + 1) * batch_size]
+
+
+# -- samples --------------------------------------------------------------------------------------------
+
+
+class TrainSamples(Dataset):
+    """Augmented frames by record of type DRAW."""
+
+    def __init__(self, frames: FrameDataset, transform: TrainTransform):
+        self.frames, self.transform = frames, transform
+
+    def __getitem__(self, draw: np.void) -> dict[str, Tensor | str]:
+        frame, wanted, seed = draw.item()
+        return augmented(self.frames[frame], self.transform, seed, wanted)
+
+
+def augmented(
+    frame: Frame, transform: TrainTransform, seed: int | list[int], wanted: int = -1
+) -> dict[str, Tensor | str]:
+    """pixel_values (3, h, w), labels (h, w), key and scene of a frame, its chance by `seed`."""
+    pixel_values, labels = transform(frame.image, frame.labels, np.random.default_rng(seed), wanted)
+    return {"pixel_values": pixel_values, "labels": labels, "key": frame.key, "scene": frame.scene}
 
 
 def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[str, Tensor | list[str]]:
@@ -328,18 +227,23 @@ def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[st
     }
 
 
-def train_loader(
-    draws: TrainDraws, batches: Iterator[list[tuple[int, int]]], num_classes: int, workers: int
-) -> DataLoader:
-    """Loader over `batch_draws`. It is already divided among processes: do not hand it to `Accelerator.prepare`."""
+def train_loader(samples: Dataset, batches: Iterable[Any], num_classes: int, workers: int) -> DataLoader:
+    """Loader over `planned_batches` or `plain_batches`.
+
+    It is already divided among processes: do not hand it to `Accelerator.prepare`, which would divide it once more.
+    """
     return DataLoader(
-        draws, batch_sampler=batches, collate_fn=partial(collate, num_classes=num_classes), num_workers=workers,
+        samples, batch_sampler=batches, collate_fn=partial(collate, num_classes=num_classes), num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 
-def frame_loader(frames: FrameDataset, workers: int, process: int = 0, processes: int = 1) -> DataLoader:
-    """Every `processes`-th frame in order, one at a time and unchanged, for evaluation."""
+def frame_loader(
+    frames: "FrameDataset | PlainRows", workers: int, process: int = 0, processes: int = 1
+) -> Iterable[Frame]:
+    """The part of all frames that one process evaluates, in order and unchanged: each frame in one process, once."""
+    if isinstance(frames, PlainRows):
+        return frames.frames(process, processes)
     return DataLoader(
         frames, batch_size=None, sampler=range(process, len(frames), processes), num_workers=workers, collate_fn=_same
     )
@@ -347,3 +251,101 @@ def frame_loader(frames: FrameDataset, workers: int, process: int = 0, processes
 
 def _same(frame: Frame) -> Frame:
     return frame
+
+
+# -- data without an index ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Any dataset with a picture and a label column, in the order in which `datasets` streams it.
+
+    source: folder, Hub repository or URL for `load_dataset`. classes: their names in id order; labels hold these ids,
+    255 is ignored. Without an index there is no rare-class sampling, and going on from a step reads all rows before it.
+    """
+
+    source: str
+    split: str
+    classes: tuple[str, ...]
+    image: str = "image"
+    label: str = "label"
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Name and policy, as the manifest of a prepared dataset has them."""
+        return {"name": self._ids.name, "policy": self._ids.policy}
+
+    @property
+    def _ids(self) -> LabelMap:
+        table = tuple((i, i) for i in (*range(len(self.classes)), IGNORE_INDEX))
+        return LabelMap("ids/as_they_are", self.classes, "values", table, "labels hold class ids; 255 is ignored")
+
+    def rows(self, process: int = 0, processes: int = 1, shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of one epoch, or with a seed of endless ones in ever other order, of one of the processes; undecoded.
+
+        Rows are divided here, once. Raises ValueError for a missing column.
+        """
+        rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+        for column in (self.image, self.label):
+            if column not in rows.features:
+                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(rows.features)}")
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        if shuffle_seed is None:
+            yield from split_dataset_by_node(rows, process, processes)
+            return
+        # By shards and within a buffer: the same every time, so skipping rows restores the state.
+        rows = split_dataset_by_node(rows.shuffle(shuffle_seed, buffer_size=256), process, processes)
+        epoch = 0
+        while True:
+            rows.set_epoch(epoch)
+            empty = True
+            for row in rows:
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(f"{self.source}, split {self.split}, has no row for process {process} of {processes}")
+            epoch += 1
+
+    def frames(self, process: int = 0, processes: int = 1) -> Iterator[Frame]:
+        """Every frame of one process, in order and unchanged."""
+        for number, row in enumerate(self.rows(process, processes)):
+            yield self.frame(row, number)
+
+    def frame(self, row: dict[str, Any], number: int) -> Frame:
+        """The decoded frame; its key is the row's "key", else the file name, else its number."""
+        image, label = (_file_bytes(row[column]) for column in (self.image, self.label))
+        key = str(row.get("key") or row[self.image].get("path") or number)
+        try:
+            labels = self._ids.labels(label)
+        except ValueError as error:
+            raise ValueError(f"label of {key} in {self.source} {error}") from error
+        return decode_frame(key, str(row.get("scene") or ""), image, labels)
+
+
+def _file_bytes(value: dict[str, Any]) -> bytes:
+    if value["bytes"] is not None:
+        return value["bytes"]
+    with open(value["path"], "rb") as file:
+        return file.read()
+
+
+class PlainSamples(Dataset):
+    """Augmented frames by (number, undecoded row): workers get the bytes, the main process alone reads the source."""
+
+    def __init__(self, source: PlainRows, transform: TrainTransform, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, numbered: tuple[int, dict[str, Any]]) -> dict[str, Tensor | str]:
+        number, row = numbered
+        return augmented(self.source.frame(row, number), self.transform, [self.seed, number])
+
+
+def plain_batches(
+    source: PlainRows, seed: int, first_batch: int, last_batch: int, batch_size: int, process: int = 0,
+    processes: int = 1,
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:  # fmt: skip
+    """Batches first_batch ... last_batch - 1 of one process: numbered rows, numbers unlike those of other processes."""
+    rows = islice(source.rows(process, processes, seed), first_batch * batch_size, last_batch * batch_size)
+    numbered = ((process + processes * i, row) for i, row in enumerate(rows, first_batch * batch_size))
+    while batch := list(islice(numbered, batch_size)):
+        yield batch

@@ -11,8 +11,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from tqdm_seg.data_tqdm import IGNORE_INDEX, LABEL_RULES, Frame, LabelRule
+from tqdm_seg.data_tqdm import Frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
 from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -21,7 +22,7 @@ def predict_frame(
     model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frame: Frame
 ) -> tuple[Tensor, tuple[int, int]]:
     """Class ids (h, w) int64 at the size of the labels, and height and width of the image that the model was given."""
-    inputs = processor(images=frame.image, input_data_format="channels_last", return_tensors="pt")
+    inputs = processor(images=frame.image.copy(), input_data_format="channels_last", return_tensors="pt")
     pixel_values = inputs["pixel_values"].to(model.device)
     return model.segment(pixel_values, size=frame.labels.shape)[0].argmax(0), tuple(pixel_values.shape[-2:])
 
@@ -30,13 +31,13 @@ def evaluate(
     model: TqdmForSemanticSegmentation,
     processor: TqdmImageProcessor,
     frames: Iterable[Frame],
-    rule: LabelRule,
+    label_map: dict[str, str],
     accelerator: Accelerator,
 ) -> dict[str, object]:
     """All of `metrics_tqdm.scores` pooled over the frames, with the protocol that produced them.
 
-    frames: the part of the set that this process shall score; counts are summed over processes. The model comes back in
-    the mode, training or not, that it was in.
+    frames: the part of the set that this process shall score; counts are summed over processes. label_map: its name and
+    policy, from the manifest of the dataset. The model comes back in the mode, training or not, that it was in.
     """
     training = model.training
     model.eval()
@@ -46,7 +47,7 @@ def evaluate(
     for frame in frames:
         with accelerator.autocast():
             prediction, size = predict_frame(model, processor, frame)
-        truth = torch.from_numpy(frame.labels).to(prediction.device)
+        truth = torch.tensor(frame.labels, device=prediction.device)
         matrix += confusion_matrix(prediction, truth, num_classes, IGNORE_INDEX)
         image_sizes[size] += 1
         truth_sizes[frame.labels.shape] += 1
@@ -69,7 +70,7 @@ def evaluate(
             "truth_size": _size_table(truth_sizes),
             "pooling": "one confusion matrix over all frames",
             "precision": {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision),
-            "labels": {"rule": rule, "policy": LABEL_RULES[rule], "classes": config.id2label, "ignored": IGNORE_INDEX},
+            "labels": {**label_map, "classes": config.id2label, "ignored": IGNORE_INDEX},
         },
     }
 

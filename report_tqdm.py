@@ -8,7 +8,8 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from tqdm_seg.configuration_tqdm import PRESETS
-from tqdm_seg.data_tqdm import IGNORE_INDEX, Frame, Pair
+from tqdm_seg.data_tqdm import Frame, FrameDataset, PlainRows
+from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
 from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.visualise_tqdm import legend, tinted
@@ -20,7 +21,7 @@ _GAP, _TITLE = 12, 30
 def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int, str]) -> Image.Image:
     """Image, truth and prediction (h, w) side by side, with the frame's mIoU and a legend. Ignored pixels stay bare."""
     matrix = confusion_matrix(
-        torch.from_numpy(prediction), torch.from_numpy(frame.labels), len(class_names), IGNORE_INDEX
+        torch.from_numpy(prediction), torch.tensor(frame.labels), len(class_names), IGNORE_INDEX
     )
     score = _percent(scores(matrix, list(class_names.values()))["miou"])
     titles = [frame.key, "truth", f"prediction, mIoU {score} % of this frame"]
@@ -45,8 +46,8 @@ def model_card(
     args: argparse.Namespace,
     model: TqdmForSemanticSegmentation,
     results: dict[str, object],
-    training: list[Pair],
-    validation: list[Pair],
+    training: FrameDataset | PlainRows,
+    validation: FrameDataset | PlainRows,
 ) -> str:
     """README.md of a trained model: use, result with its protocol, labels, data, recipe, limits."""
     config, protocol, folder = model.config, results["protocol"], f"{args.out}/model"
@@ -55,9 +56,11 @@ def model_card(
     classes = ", ".join(f"{index} = {name}" for index, name in config.id2label.items())
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad) / 1e6
-    shared = sorted({pair.scene for pair in training} & {pair.scene for pair in validation})
-    caveat = "No scene is in both parts."
-    if shared:
+    frames, caveat = "", "Read without an index: which scenes are in both parts is not known."
+    if isinstance(training, FrameDataset):
+        shared = sorted({*training.scenes} & {*validation.scenes})
+        frames, caveat = f"{len(training)} frames of ", "No scene is in both parts."
+    if frames and shared:
         caveat = (
             f"Both parts hold frames of {', '.join(scene or 'unnamed scenes' for scene in shared)}, and neighbouring "
             "frames look alike: the score shows that training works, not that the model copes with other places, "
@@ -88,7 +91,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 processor = AutoImageProcessor.from_pretrained("{folder}", trust_remote_code=True)
 model = AutoModelForSemanticSegmentation.from_pretrained("{folder}", trust_remote_code=True)
-image = Image.open("{validation[0].image}")
+image = Image.open("photo.png")
 outputs = model(**processor(images=image, return_tensors="pt"))
 labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
 ```
@@ -109,11 +112,11 @@ Protocol: {protocol["frames"]} held-back frames; images {_counts(protocol["image
 
 {classes}; {protocol["labels"]["ignored"]} is ignored.
 
-Rule `{protocol["labels"]["rule"]}`: {protocol["labels"]["policy"]}.
+Label map `{protocol["labels"]["name"]}`: {protocol["labels"]["policy"]}.
 
 ## Data
 
-`{args.data}`: {len(training)} training and {len(validation)} held-back frames. {caveat}
+`{args.data}`: {frames}split `{training.split}` to train on, `{validation.split}` held back. {caveat}
 
 ## Recipe
 

@@ -34,6 +34,7 @@ setup(
         "open_clip_torch>=3.0",
         "datasets>=4.0",
         "evaluate>=0.4.6",
+        "opencv-python-headless>=5.0",  # older ones round warps to 1/32 of a pixel
         "pillow>=11",
         "tqdm>=4.66",
     ],

@@ -273,21 +273,24 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
 
 
 def read_frame(index: Index, row: int) -> tuple[bytes, bytes]:
-    """Picture file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes."""
+    """Picture file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes.
+
+    Raises FileNotFoundError, naming the file, for a shard or linked picture that is gone.
+    """
     files, root = fsspec.core.url_to_fs(index.folder)
-    entry = {name: index.table[name][row].as_py() for name in index.table.column_names if name != "class_pixels"}
+    entry = index.table.slice(row, 1).drop_columns(["class_pixels"]).to_pylist()[0]
     shard = f"{root}/{shard_file(index.manifest, entry['split'], entry['shard'])}"
-    found = []
+    names = [name for name in _PICTURES if entry[f"{name}_offset"] >= 0]
+    starts = [entry[f"{name}_offset"] for name in names]
+    ends = [start + entry[f"{name}_bytes"] for start, name in zip(starts, names, strict=True)]
+    # Of remote storage both are asked for at once.
+    found = dict(zip(names, files.cat_ranges([shard] * len(names), starts, ends, on_error="raise"), strict=True))
+    if "image" not in found:
+        found["image"] = (Path(index.manifest["options"]["link"]) / entry["key"]).read_bytes()
     for name in _PICTURES:
-        start, size = entry[f"{name}_offset"], entry[f"{name}_bytes"]
-        if start < 0:
-            data = (Path(index.manifest["options"]["link"]) / entry["key"]).read_bytes()
-        else:
-            data = files.cat_file(shard, start=start, end=start + size)
-        if zlib.crc32(data) != entry[f"{name}_crc32"]:
+        if zlib.crc32(found[name]) != entry[f"{name}_crc32"]:
             raise ValueError(f"{name} of {entry['key']} in {shard} is not what was written; run check_shards.py")
-        found.append(data)
-    return found[0], found[1]
+    return found["image"], found["label"]
 
 
 def shard_file(manifest: dict[str, Any], split: str, number: int) -> str:

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,18 +20,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
 
+from tqdm_seg.augment_tqdm import TrainTransform
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.data_tqdm import (
-    LABEL_RULES,
     FrameDataset,
-    TrainDraws,
-    TrainTransform,
-    batch_draws,
-    find_pairs,
+    PlainRows,
+    PlainSamples,
+    RareClassSampling,
+    TrainPlan,
+    TrainSamples,
     frame_loader,
+    plain_batches,
+    planned_batches,
     train_loader,
 )
 from tqdm_seg.evaluate_tqdm import evaluate, predict_frame
@@ -39,8 +44,6 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.publish_tqdm import save_model_folder, written_whole
 from tqdm_seg.reference_tqdm import FrozenReference
 from tqdm_seg.report_tqdm import draw_comparison, model_card
-
-ORFD_CLASSES = ["non-traversable", "traversable"]
 
 TrainingState = dict[str, torch.optim.Optimizer | LambdaLR | torch.amp.GradScaler]
 
@@ -64,26 +67,52 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     presets = ", ".join(sorted(PRESETS))
     model.add_argument("--model", default="tiny", help=f"preset with random weights ({presets}), or model folder")
-    model.add_argument(
-        "--classes",
-        type=lambda names: [name.strip() for name in names.split(",")],
-        metavar="A,B,...",
-        help="class names in id order, each one query; None: those of the model folder, for a preset ORFD's two",
-    )
 
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
         default="examples/orfd_mini",
-        help="folder with training/ and validation/, each <scene>/image_data and <scene>/gt_image",
+        help="folder or URL of a dataset made by a program of dataset_scripts/; its classes become the model's",
+    )
+    data.add_argument("--train-split", default="train", help="split of --data to train on")
+    data.add_argument("--eval-split", default="validation", help="split of --data to evaluate on")
+    data.add_argument(
+        "--no-index",
+        action="store_true",
+        help="read --data with datasets.load_dataset, without its index: any dataset of pictures and 8-bit label "
+        "pictures of class ids; needs --classes, and samples frames in shuffled order",
+    )
+    data.add_argument("--image-column", default="image", help="with --no-index: name of the column of pictures")
+    data.add_argument("--label-column", default="label", help="with --no-index: name of the column of labels")
+    data.add_argument(
+        "--classes",
+        type=lambda names: tuple(name.strip() for name in names.split(",")),
+        metavar="A,B,...",
+        help="with --no-index: class names in id order",
     )
     data.add_argument(
-        "--label-rule",
-        choices=sorted(LABEL_RULES),
-        default="orfd",
-        help="orfd: brightness above 200 is class 1, the rest class 0; ids: the value is the class id, 255 ignored",
+        "--sampling",
+        choices=["rare-class", "permutation"],
+        default="rare-class",
+        help="rare-class: first a class, then a frame with enough of it (published); permutation: every frame once an "
+        "epoch",
+    )
+    data.add_argument(
+        "--temperature", type=float, default=100, help="rare-class: 100 draws classes evenly (published), 0.01 the rare"
+    )
+    data.add_argument(
+        "--min-pixels",
+        type=int,
+        default=3000,
+        help="rare-class: a frame drawn for a class has more pixels of it, and its crop more than half as many",
     )
     data.add_argument("--crop", type=int, default=128, help="side of the training crop in pixels (published: 512)")
+    data.add_argument(
+        "--resize",
+        choices=["window", "whole"],
+        default="window",
+        help="window: resize what the crop shows only; whole: the whole picture, with OpenCV's rounding as published",
+    )
     data.add_argument("--workers", type=int, default=0, help="loader processes, 0: load in the main process")
 
     optim = parser.add_argument_group("optimisation")
@@ -106,11 +135,50 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="autocast type, no: float32; None: what `accelerate launch` was told, else no",
     )
     args = parser.parse_args(argv)
-    positive = ("steps", "batch_size", "accumulation", "log_every", "keep", "crop", "lr", "backbone_lr_mult")
+    if args.no_index != (args.classes is not None):
+        parser.error("--no-index needs --classes, and --classes is for --no-index: prepared datasets name theirs")
+    positive = (
+        "temperature",
+        "steps",
+        "batch_size",
+        "accumulation",
+        "log_every",
+        "keep",
+        "crop",
+        "lr",
+        "backbone_lr_mult",
+    )
     for name, value in vars(args).items():
         if isinstance(value, int | float) and (value < 0 or (value == 0 and name in positive)):
             parser.error(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in positive else '0 or more'}")
     return args
+
+
+def open_data(args: argparse.Namespace) -> tuple[FrameDataset | PlainRows, FrameDataset | PlainRows]:
+    """Training and held-back frames."""
+    if args.no_index:
+        columns = (args.classes, args.image_column, args.label_column)
+        return PlainRows(args.data, args.train_split, *columns), PlainRows(args.data, args.eval_split, *columns)
+    return FrameDataset(args.data, args.train_split), FrameDataset(args.data, args.eval_split)
+
+
+def train_batches(
+    args: argparse.Namespace, training: FrameDataset | PlainRows, first_step: int, process: int, processes: int
+) -> DataLoader:
+    """Loader of the batches that this process trains on from `first_step` on."""
+    transform = TrainTransform(args.crop, min_class_pixels=args.min_pixels // 2, resize=args.resize)
+    if isinstance(training, PlainRows):
+        samples = PlainSamples(training, transform, args.seed)
+        first, last = (step * args.accumulation for step in (first_step, args.steps))
+        batches = plain_batches(training, args.seed, first, last, args.batch_size, process, processes)
+    else:
+        sampling = RareClassSampling(args.temperature, args.min_pixels) if args.sampling == "rare-class" else None
+        plan = TrainPlan(training.index.class_pixels, args.seed, sampling, training.classes)
+        samples = TrainSamples(training, transform)
+        batches = planned_batches(
+            plan, first_step, args.steps, args.batch_size, args.accumulation, process, processes
+        )  # fmt: skip
+    return train_loader(samples, batches, len(training.classes), args.workers)
 
 
 def parameter_groups(
@@ -154,19 +222,21 @@ def make_scheduler(optimizer: torch.optim.Optimizer, steps: int, warmup_steps: i
     return LambdaLR(optimizer, [partial(factor, base=group["lr"]) for group in optimizer.param_groups])
 
 
-def build_model(args: argparse.Namespace) -> tuple[TqdmForSemanticSegmentation, TqdmImageProcessor]:
+def build_model(
+    args: argparse.Namespace, classes: Sequence[str]
+) -> tuple[TqdmForSemanticSegmentation, TqdmImageProcessor]:
     """A preset with random weights by --seed, or a model folder; what belongs to a class new to it starts at random."""
     torch.manual_seed(args.seed)
+    id2label = dict(enumerate(classes))
     if args.model in PRESETS:
-        id2label = dict(enumerate(args.classes or ORFD_CLASSES))
         return TqdmForSemanticSegmentation(TqdmConfig.from_preset(args.model, id2label=id2label)), TqdmImageProcessor()
     if not (Path(args.model) / "config.json").is_file():
         raise FileNotFoundError(
             f"--model {args.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a config.json"
         )
     model = TqdmForSemanticSegmentation.from_pretrained(args.model, dtype=torch.float32)
-    if args.classes:
-        model.set_classes(dict(enumerate(args.classes)))
+    if model.config.id2label != id2label:
+        model.set_classes(id2label)
     return model, TqdmImageProcessor.from_pretrained(args.model)
 
 
@@ -253,19 +323,21 @@ def write_report(
     model: TqdmForSemanticSegmentation,
     processor: TqdmImageProcessor,
     results: dict[str, object],
-    training: FrameDataset,
-    validation: FrameDataset,
+    training: FrameDataset | PlainRows,
+    validation: FrameDataset | PlainRows,
 ) -> None:
     """results.json, the model folder with its card, and drawn predictions."""
     out = Path(args.out)
     write_text(out / "results.json", json.dumps(results, indent=2) + "\n")
-    card = model_card(args, model, results, training.pairs, validation.pairs)
+    card = model_card(args, model, results, training, validation)
     save_model_folder(model, processor, out / "model", card)
-    chosen = np.linspace(0, len(validation) - 1, min(args.overlays, len(validation))).round().astype(int)
+    count = results["protocol"]["frames"]
+    chosen = set(np.linspace(0, count - 1, min(args.overlays, count)).round().astype(int).tolist())
     model.eval()
     with written_whole(out / "overlays") as folder:
-        for index in chosen.tolist():
-            frame = validation[index]
+        for index, frame in enumerate(frame_loader(validation, 0)):
+            if index not in chosen:
+                continue
             prediction, _ = predict_frame(model, processor, frame)
             drawn = draw_comparison(frame, prediction.cpu().numpy(), model.config.id2label)
             drawn.save(folder / f"{index:04d}_{Path(frame.key).stem}.png")
@@ -281,13 +353,10 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     accelerator = Accelerator(mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.accumulation)
     process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
-    net, processor = build_model(args)
+    training, validation = open_data(args)
+    net, processor = build_model(args, training.classes)
     net = net.to(device).train()
     reference = FrozenReference(net)  # before a checkpoint is loaded: it is the start of the run
-    training, validation = (
-        FrameDataset(find_pairs(Path(args.data), split), args.label_rule, net.config.num_labels)
-        for split in ("training", "validation")
-    )
 
     optimizer = torch.optim.AdamW(parameter_groups(net, args.lr, args.weight_decay, args.backbone_lr_mult))
     scheduler = make_scheduler(optimizer, args.steps, args.warmup_steps, args.min_lr)
@@ -308,11 +377,9 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
     def score() -> dict[str, object]:
         frames = frame_loader(validation, args.workers, process, processes)
-        return evaluate(net, processor, frames, args.label_rule, accelerator)
+        return evaluate(net, processor, frames, validation.label_map, accelerator)
 
-    draws = TrainDraws(training, TrainTransform(args.crop), args.seed)
-    order = batch_draws(first_step, args.steps, args.batch_size, args.accumulation, process, processes)
-    batches = iter(train_loader(draws, order, net.config.num_labels, args.workers))
+    batches = iter(train_batches(args, training, first_step, process, processes))
     bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     recent, samples, clock = RecentLosses(), 0, time.perf_counter()
     for step in range(first_step, args.steps):
@@ -351,7 +418,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     results = score()
     if accelerator.is_main_process:
         write_report(args, net, processor, results, training, validation)
-    accelerator.print(f"mIoU {results['miou']} on {len(validation)} held-back frames; model, results, overlays: {out}")
+    count = results["protocol"]["frames"]
+    accelerator.print(f"mIoU {results['miou']} on {count} held-back frames; model, results, overlays: {out}")
     return results
 
 

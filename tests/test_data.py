@@ -1,329 +1,381 @@
-"""Reading of images and labels, and the augmentation, against hand-made files and values worked out by hand."""
+"""Which frame is trained on when, and that workers, processes and interruptions change nothing about it."""
 
-import struct
-import zlib
+import functools
+import http.server
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from datasets import Dataset, Features, Image, Value, load_dataset
+from PIL import Image as PILImage
+from shard_helpers import contents, orfd, photo, program, save
 
+from tqdm_seg.augment_tqdm import TrainTransform
 from tqdm_seg.data_tqdm import (
     FrameDataset,
-    TrainDraws,
-    TrainTransform,
-    batch_draws,
-    choose_crop,
+    PlainRows,
+    PlainSamples,
+    RareClassSampling,
+    TrainPlan,
+    TrainSamples,
     collate,
-    distort_colours,
-    find_pairs,
+    decode_frame,
     frame_loader,
-    hsv_to_rgb,
-    linear,
-    read_labels,
-    resize,
-    rgb_to_hsv,
-    to_tensors,
+    plain_batches,
+    planned_batches,
     train_loader,
 )
 from tqdm_seg.loss_tqdm import supervised_masks
+from tqdm_seg.shards_tqdm import read_index
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orfd_mini"
+CLASSES = ("non-traversable", "traversable")
 
 
-def write_frame(scene: Path, name: str, image: np.ndarray, labels: np.ndarray) -> None:
-    """One pair of PNGs in the ORFD layout."""
-    for folder, array, suffix in (("image_data", image, ".png"), ("gt_image", labels, "_fillcolor.png")):
-        (scene / folder).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(array).save(scene / folder / f"{name}{suffix}")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A prepared dataset of 11 frames of 40x40, of which the last three are held back, in two shards and one."""
+    root, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared") / "out"
+    orfd(root, 8, size=40)
+    orfd(root, 3, scene="y0613_1304", split="validation", size=40)
+    program("prepare_orfd").main([str(root), str(out), "--rows-per-shard", "5", "--workers", "1"])
+    return out
 
 
-def write_frames(scene: Path, count: int = 3, size: tuple[int, int] = (40, 48)) -> None:
-    """Random images whose lower half is traversable."""
-    rng = np.random.default_rng(0)
-    labels = np.zeros(size, np.uint8)
-    labels[size[0] // 2 :] = 255
-    for i in range(count):
-        write_frame(scene, f"{i}", rng.integers(0, 256, (*size, 3), dtype=np.uint8), labels)
+@pytest.fixture
+def samples(folder) -> TrainSamples:
+    return TrainSamples(FrameDataset(str(folder), "train"), TrainTransform(crop=32, min_class_pixels=10))
 
 
-def draws_of(root: Path, seed: int = 0) -> TrainDraws:
-    """Augmented 32-pixel crops of root/training."""
-    return TrainDraws(FrameDataset(find_pairs(root, "training"), "orfd", 2), TrainTransform(crop=32), seed)
+def plan_of(frames: FrameDataset, seed: int = 0) -> TrainPlan:
+    return TrainPlan(frames.index.class_pixels, seed, RareClassSampling(min_pixels=20), frames.classes)
 
 
-# -- finding and reading --------------------------------------------------------------------------------
+def same(one: dict, other: dict) -> bool:
+    names = ("pixel_values", "labels", "mask_index")
+    return one["key"] == other["key"] and all(torch.equal(one[name], other[name]) for name in names if name in one)
 
 
-def test_both_orfd_layouts_are_found_and_the_scene_is_kept(tmp_path):
-    write_frames(tmp_path / "deep" / "training" / "x0613_1627", 2)
-    write_frames(tmp_path / "deep" / "training" / "y0613_1248", 1)
-    write_frames(tmp_path / "flat" / "training", 2)
-    (tmp_path / "deep" / "training" / "notes.txt").write_text("not a scene")
-    deep, flat = (find_pairs(tmp_path / name, "training") for name in ("deep", "flat"))
-    assert [(pair.scene, pair.key) for pair in deep] == [
-        ("x0613_1627", "training/x0613_1627/image_data/0.png"),
-        ("x0613_1627", "training/x0613_1627/image_data/1.png"),
-        ("y0613_1248", "training/y0613_1248/image_data/0.png"),
-    ]
-    assert [(pair.scene, pair.key) for pair in flat] == [("", f"training/image_data/{i}.png") for i in range(2)]
+# -- frames ---------------------------------------------------------------------------------------------
+
+
+def test_frames_are_decoded_at_their_own_size_with_key_and_scene(folder):
+    frames = FrameDataset(str(folder), "validation")
+    assert frames.classes == list(CLASSES) and frames.label_map["name"] == "orfd/merged"
+    rows = list(load_dataset(str(folder), split="validation", streaming=True))
+    assert len(frames) == len(rows) == 3
+    for frame, row in zip((frames[i] for i in range(3)), rows, strict=True):
+        assert (frame.key, frame.scene) == (row["key"], "y0613_1304")
+        assert np.array_equal(frame.image, np.asarray(row["image"]))
+        assert np.array_equal(frame.labels, np.asarray(row["label"])) and frame.labels.dtype == np.uint8
 
 
 def test_the_example_is_one_drive_in_two_parts():
-    for split, count in (("training", 56), ("validation", 24)):
-        frames = FrameDataset(find_pairs(EXAMPLE, split), "orfd", 2)
-        assert len(frames) == count and {frame.scene for frame in frames.pairs} == {"x2021_0223_1756"}
+    for split, count in (("train", 56), ("validation", 24)):
+        frames = FrameDataset(str(EXAMPLE), split)
+        assert len(frames) == count and set(frames.scenes) == {"x2021_0223_1756"}
         for i in range(count):
             assert frames[i].image.shape == (224, 224, 3) and set(np.unique(frames[i].labels)) == {0, 1}
 
 
-def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*training"):
-        find_pairs(tmp_path, "training")
-    (tmp_path / "training").mkdir()
-    with pytest.raises(FileNotFoundError, match="holds no image"):
-        find_pairs(tmp_path, "training")
-    write_frames(tmp_path / "training" / "scene", 2)
-    (tmp_path / "training" / "scene" / "gt_image" / "1_fillcolor.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"image .*1\.png has no label .*1_fillcolor\.png"):
-        find_pairs(tmp_path, "training")
+def test_pictures_are_turned_by_exif_grey_ones_coloured_and_broken_ones_named(tmp_path):
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    path = photo(tmp_path / "a.jpg", 8, 16, exif=exif)
+    frame = decode_frame("a.jpg", "", path.read_bytes(), np.zeros((16, 8), np.uint8))
+    assert frame.image.shape == (16, 8, 3)
+    grey = save(tmp_path / "grey.png", np.full((4, 4), 7)).read_bytes()
+    assert (decode_frame("b", "", grey, np.zeros((4, 4), np.uint8)).image == 7).all()
+    with pytest.raises(ValueError, match="picture b cannot be decoded"):
+        decode_frame("b", "", grey[: len(grey) // 2], np.zeros((4, 4), np.uint8))
+    with pytest.raises(ValueError, match=r"label of b is 5x4, its picture 4x4 \(width x height\)"):
+        decode_frame("b", "", grey, np.zeros((4, 5), np.uint8))
 
 
-@pytest.mark.parametrize("kind", ["image_data/0.png", "gt_image/0_fillcolor.png"])
-def test_truncated_png_is_named(tmp_path, kind):
-    scene = tmp_path / "training" / "scene"
-    write_frames(scene, 1)
-    content = (scene / kind).read_bytes()
-    (scene / kind).write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=f"cannot read .*{kind}"):
-        FrameDataset(find_pairs(tmp_path, "training"), "orfd", 2)
+def test_evaluation_frames_are_divided_without_loss_or_repeat(folder):
+    frames = FrameDataset(str(folder), "train")
+    for processes in (1, 2, 3, 5):
+        for workers in (0, 2):
+            parts = [[f.key for f in frame_loader(frames, workers, p, processes)] for p in range(processes)]
+            assert all(part == frames.keys[p::processes] for p, part in enumerate(parts))
 
 
-def test_label_of_another_size_is_named(tmp_path):
-    write_frame(tmp_path / "training" / "s", "0", np.zeros((8, 9, 3), np.uint8), np.zeros((8, 8), np.uint8))
-    with pytest.raises(ValueError, match=r"0_fillcolor\.png is 8x8, its image 8x9"):
-        FrameDataset(find_pairs(tmp_path, "training"), "orfd", 2)
+# -- plan -----------------------------------------------------------------------------------------------
 
 
-def test_orfd_rule_takes_brightness_above_200_of_any_kind_of_png(tmp_path):
-    values = np.array([[0, 120, 200, 201, 255]], np.uint8)
-    grey = Image.fromarray(values)
-    # Only the third channel counts: red and green are the other way round here.
-    colours = Image.fromarray(np.stack((255 - values, 255 - values, values), -1))
-    palette = Image.fromarray(np.array([[0, 1, 2, 3, 4]], np.uint8))
-    palette.putpalette([x for value in values[0] for x in (value, value, value)])
-    for name, image in (("grey", grey), ("colours", colours), ("palette", palette)):
-        image.save(tmp_path / f"{name}.png")
-        assert read_labels(tmp_path / f"{name}.png", "orfd", 2).tolist() == [[0, 0, 0, 1, 1]], name
+def test_a_sample_depends_on_seed_and_number_alone():
+    class_pixels = np.random.default_rng(0).integers(0, 9000, (50, 4))
+    for sampling in (RareClassSampling(), None):
+        plan, again, other = (TrainPlan(class_pixels, seed, sampling) for seed in (3, 3, 4))
+        whole = plan.draws(0, 1000)
+        assert all(again.draws(n, n + 1)[0] == whole[n] for n in range(950, 1000))
+        assert np.array_equal(again.draws(123, 456), whole[123:456])
+        assert not np.intersect1d(whole["seed"], other.draws(0, 1000)["seed"]).size
+        assert len(np.unique(whole["seed"])) == 1000
 
 
-def test_id_rule_reads_palette_indices_and_grey_values(tmp_path):
-    ids = np.array([[0, 1, 2, 255]], np.uint8)
-    palette = Image.fromarray(ids)
-    palette.putpalette([200, 100, 50] * 256)  # one colour for all: only the indices tell the ids apart
-    palette.save(tmp_path / "palette.png")
-    Image.fromarray(ids).save(tmp_path / "grey.png")
-    for name in ("palette", "grey"):
-        assert read_labels(tmp_path / f"{name}.png", "ids", 3).tolist() == ids.tolist()
+def test_classes_are_drawn_by_the_softmax_of_their_rarity_and_frames_evenly():
+    class_pixels = np.array([[9000, 4000, 0], [9000, 3001, 0], [9000, 3000, 0], [9000, 0, 0]])
+    for temperature in (100, 0.2):
+        sampling = RareClassSampling(temperature)
+        share = class_pixels.sum(0) / class_pixels.sum()
+        formula = np.exp((1 - share[:2]) / temperature) / np.exp((1 - share[:2]) / temperature).sum()
+        assert sampling.probabilities(class_pixels) == pytest.approx([*formula, 0])
+        draws = TrainPlan(class_pixels, 0, sampling).draws(0, 20000)
+        rare, common = (draws["frame"][draws["wanted"] == wanted] for wanted in (1, 0))
+        assert len(rare) / 20000 == pytest.approx(formula[1], abs=0.012) and len(rare) + len(common) == 20000
+        # More than 3,000 pixels, not 3,000.
+        assert np.bincount(rare, minlength=4) / len(rare) == pytest.approx([0.5, 0.5, 0, 0], abs=0.02)
+        assert np.bincount(common) / len(common) == pytest.approx([0.25] * 4, abs=0.02)
 
 
-def test_id_rule_names_unknown_values(tmp_path):
-    Image.fromarray(np.array([[0, 7, 9, 255]], np.uint8)).save(tmp_path / "label.png")
-    with pytest.raises(ValueError, match=r"label\.png holds the values \[7, 9\]"):
-        read_labels(tmp_path / "label.png", "ids", 3)
+def test_published_temperature_is_all_but_uniform_and_daformers_is_not():
+    share = np.array([[0.37, 0.3, 0.2, 0.1, 0.02, 0.005, 0.004, 0.001]])
+    published, daformer = (RareClassSampling(t).probabilities(share * 1e6) for t in (100, 0.01))
+    assert published.max() / published.min() < 1.004
+    assert daformer[-1] > 0.3 and daformer[0] < 1e-10
 
 
-def write_png(path: Path, bits: int, colour: int, row: bytes, width: int) -> None:
-    """A one-line PNG of a kind that Pillow cannot write."""
-    chunks = [
-        (b"IHDR", struct.pack(">IIBBBBB", width, 1, bits, colour, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0" + row)),
-    ]
-    with path.open("wb") as file:
-        file.write(b"\x89PNG\r\n\x1a\n")
-        for kind, content in [*chunks, (b"IEND", b"")]:
-            checksum = struct.pack(">I", zlib.crc32(kind + content))
-            file.write(struct.pack(">I", len(content)) + kind + content + checksum)
+def test_a_permutation_shows_every_frame_once_an_epoch_in_ever_other_order():
+    plan = TrainPlan(np.ones((7, 2)), 0, None)
+    epochs = [plan.draws(7 * i, 7 * i + 7)["frame"].tolist() for i in range(5)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs) and len(set(map(tuple, epochs))) == 5
 
 
-def test_id_rule_refuses_files_whose_ids_do_not_survive_reading(tmp_path):
-    write_png(tmp_path / "grey4.png", 4, 0, bytes([0x01]), 2)  # Pillow reads its ids 0, 1 as 0, 17
-    write_png(tmp_path / "rgb16.png", 16, 2, struct.pack(">3H", 1, 0, 0), 1)  # and this id 1 as 0
-    Image.new("RGB", (2, 2)).save(tmp_path / "rgb.png")
-    for name in ("grey4", "rgb16", "rgb"):
-        with pytest.raises(ValueError, match=f"{name}.png .* holds no class ids that survive reading"):
-            read_labels(tmp_path / f"{name}.png", "ids", 30)
+def test_a_class_without_a_frame_to_draw_is_named_with_the_way_out():
+    with pytest.raises(ValueError, match=r"more than 3000 pixels of mud \(at most 40\).*lower the minimum to 39"):
+        TrainPlan(np.array([[9000, 40]]), 0, RareClassSampling(), ["road", "mud"])
+    with pytest.raises(ValueError, match="no pixel of the training frames is labelled"):
+        TrainPlan(np.zeros((3, 2)), 0, RareClassSampling())
+    TrainPlan(np.array([[9000, 0]]), 0, RareClassSampling())  # a class that never occurs is no error
 
 
-def test_orfd_rule_needs_two_classes():
-    with pytest.raises(ValueError, match="two classes apart, not 3"):
-        FrameDataset(find_pairs(EXAMPLE, "training"), "orfd", 3)
+def test_40000_steps_are_planned_in_two_seconds():
+    class_pixels = np.random.default_rng(0).integers(0, 50000, (12388, 19))
+    start = time.process_time()
+    plan = TrainPlan(class_pixels, 0, RareClassSampling())
+    count = sum(len(batch) for batch in planned_batches(plan, 0, 40000, 16))
+    assert time.process_time() - start < 2 and count == 640000
 
 
-# -- augmentation ---------------------------------------------------------------------------------------
-
-
-def test_shrinking_reads_two_neighbours_and_no_wider_window():
-    image = np.array([0, 100, 200, 40, 8, 16, 32, 64], np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
-    small, ids = resize(image, np.arange(8, dtype=np.uint8)[None].repeat(4, 0), 0.25)
-    # Output pixel 0 lies at input 1.5, between 100 and 200; a low-pass filter would give about 85.
-    assert small.shape == (1, 2, 3) and small[0, :, 0].tolist() == [150, 24]
-    assert ids.tolist() == [[0, 4]]
-
-
-def test_resize_makes_no_new_ids_and_rounds_the_size():
-    labels = np.random.default_rng(0).choice(np.array([0, 1, 255], np.uint8), (31, 45))
-    for ratio in (0.5, 0.77, 1.9):
-        image, ids = resize(np.zeros((31, 45, 3), np.uint8), labels, ratio)
-        assert image.shape[:2] == ids.shape == (round(31 * ratio), round(45 * ratio))
-        assert set(np.unique(ids)) == {0, 1, 255}
-
-
-def test_crop_avoids_one_class_filling_it():
-    labels = np.zeros((64, 64), np.uint8)
-    labels[48:] = 1
-    labels[:, :4] = 255  # ignored pixels count for nothing
-    shares = []
-    for seed in range(40):
-        window = choose_crop(labels, 24, 0.75, np.random.default_rng(seed))
-        counts = np.bincount(labels[window].ravel(), minlength=2)[:2]
-        shares.append(counts.max() / counts.sum())
-    # About one position in six qualifies, so that all of eleven draws fail once in eight crops.
-    assert np.mean(np.array(shares) < 0.75) > 0.7
-    free = [choose_crop(labels, 24, 2.0, np.random.default_rng(seed))[0].start for seed in range(40)]
-    assert np.mean([labels[start : start + 24, 8].mean() in (0, 1) for start in free]) < 0.7
-
-
-def test_crop_of_one_class_is_taken_in_the_end_and_small_images_whole():
-    labels = np.ones((20, 30), np.uint8)
-    rows, columns = choose_crop(labels, 24, 0.75, np.random.default_rng(0))
-    assert labels[rows, columns].shape == (20, 24) and rows.start == 0 and 0 <= columns.start <= 6
-
-
-def test_hsv_values_by_hand():
-    colours = {
-        (255, 0, 0): (0, 255, 255),
-        (0, 255, 0): (60, 255, 255),
-        (0, 0, 255): (120, 255, 255),
-        (255, 255, 0): (30, 255, 255),
-        (255, 0, 255): (150, 255, 255),
-        (100, 100, 100): (0, 0, 100),
-        (0, 0, 0): (0, 0, 0),
-        (200, 100, 50): (10, 191, 200),  # hue 20 degrees, saturation 0.75 * 255 = 191.25
-    }
-    rgb = np.array(list(colours), np.uint8)
-    assert rgb_to_hsv(rgb).tolist() == [list(hsv) for hsv in colours.values()]
-    assert np.abs(hsv_to_rgb(rgb_to_hsv(rgb)).astype(int) - rgb).max() <= 1
-
-
-def test_hsv_equals_opencv():
-    # Made with OpenCV 5.0.0: hsv by cv2.cvtColor of rgb[None] and cv2.COLOR_RGB2HSV, again of hsv and COLOR_HSV2RGB.
-    hsv = [[68, 68, 229], [60, 72, 238], [95, 234, 245], [38, 249, 204], [117, 211, 213], [17, 41, 206]]
-    again = [[168, 229, 184], [171, 238, 171], [20, 208, 245], [151, 204, 5], [37, 54, 213], [206, 192, 173]]
-    rgb = np.random.default_rng(5).integers(0, 256, (6, 3), dtype=np.uint8)
-    assert rgb_to_hsv(rgb).tolist() == hsv
-    back = hsv_to_rgb(np.array(hsv, np.uint8)).astype(int)
-    assert np.abs(back - again).max() <= 1  # OpenCV's own code paths differ by as much
-
-
-def test_linear_cuts_off_and_never_wraps_around():
-    values = np.array([0, 10, 100, 250], np.uint8)
-    assert linear(values, 1.5).tolist() == [0, 15, 150, 255]
-    assert linear(values, shift=-20.5).tolist() == [0, 0, 79, 229]
-
-
-def test_colours_are_distorted_half_of_the_time_each():
-    grey = np.full((1, 1, 3), 100, np.uint8)  # neither saturation nor hue can change a grey
-    changed = [distort_colours(grey, np.random.default_rng(seed)) for seed in range(400)]
-    assert all(pixel[0, 0, 0] == pixel[0, 0, 1] == pixel[0, 0, 2] for pixel in changed)
-    same = np.mean([(pixel == grey).all() for pixel in changed])
-    assert 0.2 < same < 0.36  # neither brightness nor contrast: a quarter, and changes of less than a step
-    # Furthest: (100 +- 32) * (0.5 or 1.5).
-    values = [int(pixel[0, 0, 0]) for pixel in changed]
-    assert 34 <= min(values) < 45 and 185 < max(values) <= 198
-    red = np.full((1, 1, 3), (200, 60, 60), np.uint8)
-    hues = [int(rgb_to_hsv(distort_colours(red, np.random.default_rng(seed)))[0, 0, 0]) for seed in range(400)]
-    turned = np.array([(hue + 90) % 180 - 90 for hue in hues])
-    assert 0.45 < np.mean(turned == 0) < 0.6  # half, and one shift in 36 is by nothing
-    # Contrast after the turn cuts channels off and so moves a few hues further.
-    assert np.mean(np.abs(turned) <= 18) > 0.9 and (turned < -14).any() and (turned > 14).any()
-
-
-def test_normalising_and_padding():
-    image = np.full((2, 3, 3), 255, np.uint8)
-    pixels, labels = to_tensors(image, np.ones((2, 3), np.uint8), 4)
-    assert pixels.shape == (3, 4, 4) and pixels.dtype == torch.float32 and labels.dtype == torch.int64
-    assert pixels[:, 0, 0].tolist() == pytest.approx([1.93034, 2.07488, 2.14590], abs=1e-4)
-    assert (pixels[:, 2:] == 0).all() and (pixels[:, :, 3:] == 0).all()
-    assert labels.tolist() == [[1, 1, 1, 255], [1, 1, 1, 255], [255] * 4, [255] * 4]
-
-
-def test_image_and_labels_move_together():
-    labels = np.zeros((60, 60), np.uint8)
-    labels[10:40, 15:50] = 1
-    image = np.repeat(labels[..., None] * 200, 3, -1)
-    for seed in range(20):
-        pixels, ids = TrainTransform(crop=32)(image, labels, np.random.default_rng(seed))
-        known = ids != 255
-        bright = pixels.mean(0) > (pixels.mean(0)[known].min() + pixels.mean(0)[known].max()) / 2
-        if len(ids[known].unique()) == 2:
-            assert (bright == (ids == 1))[known].float().mean() > 0.93  # they differ only along the edges
-
-
-# -- draws ----------------------------------------------------------------------------------------------
-
-
-def test_a_draw_depends_on_seed_step_and_row_alone(tmp_path):
-    write_frames(tmp_path / "training" / "s")
-    first, second, other = draws_of(tmp_path), draws_of(tmp_path), draws_of(tmp_path, seed=1)
-    _ = [second[(step, row)] for step in range(3) for row in range(2)]  # what was drawn before must not matter
-    for draw in ((5, 0), (5, 1), (6, 0)):
-        assert torch.equal(first[draw]["pixel_values"], second[draw]["pixel_values"])
-        assert torch.equal(first[draw]["labels"], second[draw]["labels"]) and first[draw]["key"] == second[draw]["key"]
-        assert not torch.equal(first[draw]["pixel_values"], other[draw]["pixel_values"])
-    assert not torch.equal(first[(5, 0)]["pixel_values"], first[(5, 1)]["pixel_values"])
-    assert not torch.equal(first[(5, 0)]["pixel_values"], first[(6, 0)]["pixel_values"])
-
-
-def test_every_frame_is_drawn_about_as_often(tmp_path):
-    write_frames(tmp_path / "training" / "s", 4)
-    draws = draws_of(tmp_path)
-    keys = [draws[(step, 0)]["key"] for step in range(200)]
-    assert all(30 < keys.count(pair.key) < 70 for pair in draws.frames.pairs)
-
-
-def test_a_step_has_the_same_rows_however_it_is_divided():
-    whole = list(batch_draws(3, 5, 8))
-    assert whole == [[(step, row) for row in range(8)] for step in (3, 4)]
-    divided = [list(batch_draws(3, 5, 2, parts=2, process=process, processes=2)) for process in (0, 1)]
+def test_a_step_has_the_same_samples_however_it_is_divided():
+    plan = TrainPlan(np.full((9, 2), 9000), 0, RareClassSampling())
+    whole = list(planned_batches(plan, 3, 5, 8))
+    assert np.array_equal(np.concatenate(whole), plan.draws(24, 40))
+    divided = [list(planned_batches(plan, 3, 5, 2, parts=2, process=p, processes=2)) for p in (0, 1)]
     assert all(len(batches) == 4 for batches in divided)
-    assert sorted(draw for batches in divided for batch in batches for draw in batch) == sum(whole, [])
+    for step in (0, 1):
+        parts = np.concatenate([batch for batches in divided for batch in batches[2 * step : 2 * step + 2]])
+        assert np.array_equal(np.sort(parts), np.sort(whole[step]))
 
 
-def test_batches_are_the_same_with_and_without_workers_and_from_the_middle(tmp_path):
-    write_frames(tmp_path / "training" / "s")
-    draws = draws_of(tmp_path)
-    alone = list(train_loader(draws, batch_draws(0, 3, 2), 2, workers=0))
-    helped = list(train_loader(draws, batch_draws(0, 3, 2), 2, workers=2))
-    resumed = list(train_loader(draws, batch_draws(2, 3, 2), 2, workers=0))
-    assert len(alone) == 3 and len(resumed) == 1
-    for one, other in (*zip(alone, helped, strict=True), (alone[2], resumed[0])):
-        assert one["key"] == other["key"] and torch.equal(one["pixel_values"], other["pixel_values"])
+def test_blocks_of_the_plan_leave_no_seam(monkeypatch):
+    plan = TrainPlan(np.full((9, 2), 9000), 0, RareClassSampling())
+    whole = np.stack(list(planned_batches(plan, 0, 50, 4)))
+    monkeypatch.setattr("tqdm_seg.data_tqdm.PLAN_BLOCK", 10)
+    assert np.array_equal(np.stack(list(planned_batches(plan, 0, 50, 4))), whole)
 
 
-def test_collate_keeps_key_and_scene_and_lists_the_masks(tmp_path):
-    write_frames(tmp_path / "training" / "s")
-    draws = draws_of(tmp_path)
-    batch = collate([draws[(0, 0)], draws[(0, 1)]], num_classes=2)
+# -- batches --------------------------------------------------------------------------------------------
+
+
+def test_batches_are_the_same_with_any_number_of_workers_and_from_the_middle(samples):
+    plan = plan_of(samples.frames)
+
+    def batches(workers: int, first: int = 0) -> list[dict]:
+        return list(train_loader(samples, planned_batches(plan, first, 4, 2), 2, workers))
+
+    alone = batches(0)
+    for other in (batches(1), batches(2)):
+        assert len(other) == 4 and all(map(same, alone, other))
+    assert len(batches(2, 2)) == 2 and all(map(same, alone[2:], batches(2, 2)))
+
+
+def test_two_processes_make_the_batch_of_one(samples):
+    plan = plan_of(samples.frames)
+    whole = next(iter(train_loader(samples, planned_batches(plan, 5, 6, 4), 2, 0)))
+    halves = [
+        next(iter(train_loader(samples, planned_batches(plan, 5, 6, 2, process=p, processes=2), 2, 0))) for p in (0, 1)
+    ]
+    assert whole["key"] == halves[0]["key"] + halves[1]["key"]
+    assert torch.equal(whole["pixel_values"], torch.cat([half["pixel_values"] for half in halves]))
+
+
+def test_samples_of_other_seeds_and_numbers_differ(samples):
+    plan = plan_of(samples.frames)
+    images = [samples[draw]["pixel_values"] for draw in (*plan.draws(0, 3), *plan_of(samples.frames, 1).draws(0, 3))]
+    assert not any(torch.equal(images[i], images[j]) for i in range(6) for j in range(i))
+
+
+def test_a_frame_drawn_for_a_class_is_cropped_for_it(samples):
+    frames = samples.frames
+    transform = TrainTransform(crop=8, scale=(2, 2), max_class_share=2, min_class_pixels=60)
+    draws = plan_of(frames).draws(0, 80)
+    draws = draws[draws["wanted"] == 1]
+    free = draws.copy()
+    free["wanted"] = -1
+    found, free = (
+        np.mean([int((TrainSamples(frames, transform)[draw]["labels"] == 1).sum()) > 60 for draw in chosen])
+        for chosen in (draws, free)
+    )
+    assert len(draws) > 20 and found > 0.8 > 0.6 > free
+
+
+def test_collate_keeps_key_and_scene_and_lists_the_masks(samples):
+    parts = [samples[draw] for draw in plan_of(samples.frames).draws(0, 2)]
+    batch = collate(parts, num_classes=2)
     assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].shape == (2, 32, 32)
-    assert batch["scene"] == ["s", "s"] and batch["key"] == [draws[(0, i)]["key"] for i in range(2)]
+    assert batch["scene"] == ["y0613_1242"] * 2 and batch["key"] == [part["key"] for part in parts]
     assert torch.equal(batch["mask_index"], supervised_masks(batch["labels"], 2, 255))
-    assert torch.is_tensor(batch["mask_index"]) and batch["mask_index"].device.type == "cpu"
+    assert batch["mask_index"].device.type == "cpu"
 
 
-def test_evaluation_frames_are_divided_without_loss_or_repeat(tmp_path):
-    write_frames(tmp_path / "training" / "s", 5)
-    frames = FrameDataset(find_pairs(tmp_path, "training"), "orfd", 2)
-    keys = [[frame.key for frame in frame_loader(frames, 0, process, 2)] for process in (0, 1)]
-    assert len(keys[0]) == 3 and sorted(keys[0] + keys[1]) == [pair.key for pair in frames.pairs]
+# -- remote ---------------------------------------------------------------------------------------------
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """A file server that answers range requests, as object storage does, and notes them."""
+
+    asked: list[tuple[str, str]] = []
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        content, wanted = path.read_bytes(), self.headers.get("Range", "")
+        part = content
+        if wanted:
+            first, last = wanted.removeprefix("bytes=").split("-")
+            part = content[int(first) : int(last) + 1]
+            self.asked.append((path.name, wanted))
+        self.send_response(206 if wanted else 200)
+        if wanted:
+            self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        if body:
+            self.wfile.write(part)
+
+
+@pytest.fixture
+def url(folder):
+    """The prepared folder behind HTTP on loopback."""
+    Ranges.asked = []
+    handler = functools.partial(Ranges, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_remote_shards_give_the_same_batches_by_range_requests(folder, samples, url, workers):
+    remote = TrainSamples(FrameDataset(url, "train"), samples.transform)
+    plan = plan_of(remote.frames)
+    here = list(train_loader(samples, planned_batches(plan, 0, 3, 2), 2, 0))
+    there = list(train_loader(remote, planned_batches(plan, 0, 3, 2), 2, workers))
+    assert len(there) == 3 and all(map(same, here, there))
+    assert Ranges.asked and all(name.startswith("train-") for name, _ in Ranges.asked)
+    table = read_index(folder, "train").table.to_pylist()
+    ranges = {
+        f"bytes={row[f'{what}_offset']}-{row[f'{what}_offset'] + row[f'{what}_bytes'] - 1}"
+        for row in table
+        for what in ("image", "label")
+    }
+    assert {wanted for _, wanted in Ranges.asked} <= ranges  # nothing but frames is fetched
+
+
+def test_a_shard_that_is_gone_is_named(folder, tmp_path):
+    for name, content in contents(folder).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    frames = FrameDataset(str(tmp_path), "validation")
+    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
+    with pytest.raises(FileNotFoundError, match="validation-00000-of-00001.parquet"):
+        frames[0]
+
+
+# -- without an index -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Path:
+    """Parquet files as `datasets` writes them, three shards of five rows, without key, index or manifest."""
+    out = tmp_path_factory.mktemp("plain")
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        columns = {"photo": [], "mask": [], "note": []}
+        for i in range(5):
+            path = photo(out / "raw" / f"{shard}_{i}.png", 40, 48)
+            columns["photo"].append({"path": path.name, "bytes": path.read_bytes()})
+            mask = save(out / "raw" / f"{shard}_{i}_mask.png", rng.choice([0, 1, 2, 255], (40, 48)))
+            columns["mask"].append({"path": None, "bytes": mask.read_bytes()})
+            columns["note"].append("x")
+        features = Features({"photo": Image(), "mask": Image(), "note": Value("string")})
+        Dataset.from_dict(columns, features=features).to_parquet(out / "data" / f"train-{shard:05d}-of-00003.parquet")
+    return out / "data"
+
+
+def plain_of(folder: Path, **changes) -> PlainRows:
+    options = {"classes": ("a", "b", "c"), "image": "photo", "label": "mask"} | changes
+    return PlainRows(str(folder), "train", **options)
+
+
+def test_plain_frames_are_each_in_one_process_and_in_order(plain):
+    keys = [frame.key for frame in plain_of(plain).frames()]
+    assert keys == [f"{shard}_{i}.png" for shard in range(3) for i in range(5)]
+    for processes in (2, 3, 4):
+        parts = [[frame.key for frame in plain_of(plain).frames(p, processes)] for p in range(processes)]
+        assert sorted(sum(parts, [])) == keys and all(part == sorted(part) and part for part in parts)
+
+
+def test_plain_batches_lose_no_row_repeat_an_epoch_and_resume(plain, monkeypatch):
+    # Newer versions wait for threads of their own for five seconds at the end of every epoch.
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0.01, raising=False)
+    source = plain_of(plain)
+    samples = PlainSamples(source, TrainTransform(crop=16), seed=5)
+    for processes in (1, 3):
+        keys = []
+        for process in range(processes):
+            count = 15 // processes // 5 * 2  # two epochs of batches of five
+            batches = plain_batches(source, 5, 0, count, 5, process, processes)
+            loaded = list(train_loader(samples, batches, 3, 0))
+            again = list(train_loader(samples, plain_batches(source, 5, 1, count, 5, process, processes), 3, 2))
+            assert len(loaded) == count and all(map(same, loaded[1:], again))
+            keys.append([key for batch in loaded for key in batch["key"]])
+        first = [key for part in keys for key in part[: len(part) // 2]]
+        assert sorted(first) == sorted(frame.key for frame in source.frames())
+        assert all(part[: len(part) // 2] != part[len(part) // 2 :] for part in keys)
+
+
+def test_plain_data_with_wrong_columns_ids_or_files_is_named(plain, tmp_path):
+    with pytest.raises(ValueError, match="has no column 'label', only photo, mask, note"):
+        next(plain_of(plain, label="label").frames())
+    with pytest.raises(ValueError, match=r"label of 0_0.png in .* holds the ids 2, which the label map"):
+        next(plain_of(plain, classes=("a", "b")).frames())
+    row = next(plain_of(plain).rows())
+    row["photo"]["bytes"] = row["photo"]["bytes"][:100]
+    with pytest.raises(ValueError, match="picture 0_0.png cannot be decoded"):
+        plain_of(plain).frame(row, 0)
+
+
+def test_a_prepared_folder_reads_as_plain_data_too(folder):
+    frames = FrameDataset(str(folder), "train")
+    plain = PlainRows(str(folder), "train", CLASSES).frames()
+    for expected, frame in zip((frames[i] for i in range(8)), plain, strict=True):
+        assert (frame.key, frame.scene) == (expected.key, expected.scene)
+        assert np.array_equal(frame.image, expected.image) and np.array_equal(frame.labels, expected.labels)

@@ -20,7 +20,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.publish_tqdm import save_model_folder, written_whole
 
 ROOT = Path(__file__).parents[1]
-PHOTOS = sorted(ROOT.glob("examples/orfd_mini/validation/*/image_data/*"))[:3]
+PHOTOS = sorted(ROOT.glob("examples/frames/validation/*/image_data/*"))[:3]
 MODEL_CODE = {
     "backbone_tqdm.py", "configuration_tqdm.py", "layers_tqdm.py", "loss_tqdm.py", "mask_decoder_tqdm.py",
     "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py",

@@ -18,7 +18,7 @@ from tqdm_seg.publish_tqdm import save_model_folder
 from tqdm_seg.visualise_tqdm import class_colours, legend, tinted
 
 CLASSES = {0: "road", 1: "traffic light", 2: "sky"}  # of the micro model
-PHOTO = sorted(Path(__file__).parents[1].glob("examples/orfd_mini/validation/*/image_data/*"))[0]
+PHOTO = sorted(Path(__file__).parents[1].glob("examples/frames/validation/*/image_data/*"))[0]
 
 
 @pytest.fixture(scope="module")

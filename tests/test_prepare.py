@@ -21,7 +21,7 @@ from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES
 from tqdm_seg.label_maps_tqdm import CITYSCAPES, GTA5, MAPILLARY, ORFD, STREET_CLASSES, SYNTHIA, TRAIN_IDS, LabelMap
 from tqdm_seg.shards_tqdm import read_manifest
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "orfd_mini"
+EXAMPLES = Path(__file__).parents[1] / "examples"
 # One colour for every index: whoever reads colours loses the ids.
 ONE_COLOUR = [0, 0, 142] * 256
 PLAIN = LabelMap("plain/3", ("a", "b", "c"), "values", ((0, 0), (1, 1), (2, 2), (255, 255)), "ids as they are")
@@ -329,12 +329,31 @@ def test_road3d_scenes_may_lie_one_folder_deeper(tmp_path):
     assert {row["scene"] for row in stored(tmp_path / "out").values()} == {"y0613_1242", "y0613_1304"}
 
 
-def test_the_example_of_real_frames_goes_through(tmp_path):
-    manifest = make("orfd", EXAMPLE, tmp_path / "out", "--rows-per-shard", "30")
-    assert manifest["rows"] == {"train": 56, "validation": 24} and manifest["skipped"] == {}
-    row = stored(tmp_path / "out")["validation/x2021_0223_1756/image_data/1620322737296.png"]
-    label = EXAMPLE / "validation/x2021_0223_1756/gt_image/1620322737296_fillcolor.png"
-    assert np.array_equal(row["labels"], np.asarray(Image.open(label)) // 255)
+def test_real_orfd_frames_go_through_and_are_those_of_the_example(tmp_path):
+    manifest = make("orfd", EXAMPLES / "frames", tmp_path / "out")
+    assert manifest["rows"] == {"validation": 3} and manifest["skipped"] == {}
+    rows, example = stored(tmp_path / "out"), stored(EXAMPLES / "orfd_mini")
+    assert len(example) == 80
+    for key, row in rows.items():
+        label = EXAMPLES / "frames" / key.replace("image_data", "gt_image").replace(".png", "_fillcolor.png")
+        assert np.array_equal(row["labels"], np.asarray(Image.open(label)) // 255)
+        assert row["image"] == example[key]["image"] and np.array_equal(row["labels"], example[key]["labels"])
+
+
+def test_the_example_shards_are_whole():
+    program("check_shards").main([str(EXAMPLES / "orfd_mini"), "--workers", "1"])
+
+
+def test_real_comma10k_frames_become_two_classes(tmp_path):
+    comma = EXAMPLES / "comma10k"
+    more = ("--classes", comma / "classes.csv")
+    manifest = make("folder", comma / "images", comma / "masks", tmp_path / "out", *more)
+    assert manifest["rows"] == {"test": 5} and manifest["classes"] == ["non-traversable", "traversable"]
+    for key, row in stored(tmp_path / "out").items():
+        mask = np.asarray(Image.open(comma / "masks" / key).convert("RGB"))
+        red = mask[..., 0]  # of the five colours only road and lane markings have 64 and 255
+        assert np.array_equal(row["labels"], np.select([np.isin(red, (64, 255)), red == 204], [1, 255], 0))
+        assert row["labels"].shape == (874, 1164) and row["class_pixels"][1] > 50_000
 
 
 # -- own folders ----------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,18 @@ def test_every_command_parses():
     assert options
     for line in options:
         train.parse_args(shlex.split(line))
+
+
+def test_the_data_commands_run_on_the_examples(checkout):
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("python dataset_scripts/") and "~" not in line]
+    assert len(commands) == 4
+    for command in commands:
+        words = shlex.split(command)
+        result = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True)
+        # The three frames are of the drive that the example was trained on, and the audit says so.
+        assert result.returncode == ("audit_splits" in command), result.stderr
+        assert "audit_splits" not in command or "LEAKS: same scene 1" in result.stdout
 
 
 def test_the_first_commands_are_install_and_train_then_the_tests():

@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import torch
 from conftest import micro_model
+from shard_helpers import photo, save
+from shard_helpers import program as prepare
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
-from tqdm_seg.data_tqdm import FrameDataset, TrainDraws, find_pairs, frame_loader
+from tqdm_seg.data_tqdm import FrameDataset, TrainSamples, frame_loader
 from tqdm_seg.evaluate_tqdm import evaluate, predict_frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.metrics_tqdm import confusion_matrix, mean_iou
 from tqdm_seg.train import RecentLosses, learning_rate, main, make_scheduler, parameter_groups, parse_args
 
-CLASSES = ["road", "sky"]
+CLASSES = ["non-traversable", "traversable"]
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +36,8 @@ def start(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """Four training and three held-back frames, bright below and dark above a line; the lower part is class 1."""
-    root = tmp_path_factory.mktemp("data")
+    """A prepared dataset: four training, three held-back frames, bright below a line and dark above it."""
+    root = tmp_path_factory.mktemp("raw")
     rng = np.random.default_rng(0)
     for split, count in (("training", 4), ("validation", 3)):
         for kind in ("image_data", "gt_image"):
@@ -46,7 +48,9 @@ def data(tmp_path_factory) -> Path:
             image = (labels[..., None] // 2 + rng.integers(0, 90, (40, 40, 3))).astype(np.uint8)
             Image.fromarray(image).save(root / split / f"x_{split}" / "image_data" / f"{i}.png")
             Image.fromarray(labels).save(root / split / f"x_{split}" / "gt_image" / f"{i}_fillcolor.png")
-    return root
+    out = tmp_path_factory.mktemp("data") / "orfd"
+    prepare("prepare_orfd").main([str(root), str(out), "--workers", "1"])
+    return out
 
 
 @pytest.fixture
@@ -55,6 +59,7 @@ def arguments(start, data):
 
     def make(out: Path, *more: str) -> list[str]:
         fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
+        fixed += " --min-pixels 50"
         return [*fixed.split(), "--log-every", "1", "--save-every", "2", "--overlays", "2", "--lr", "1e-3", *more]
 
     return make
@@ -117,7 +122,7 @@ def test_scheduler_gives_every_group_its_own_curve():
 def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
     args = parse_args([])
     assert (args.model, args.data, args.out) == ("tiny", "examples/orfd_mini", "runs/quickstart")
-    assert len(find_pairs(Path(__file__).parents[1] / args.data, "training")) == 56
+    assert len(FrameDataset(Path(__file__).parents[1] / args.data, args.train_split)) == 56
 
 
 @pytest.mark.parametrize("option", ["--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2"])
@@ -135,20 +140,21 @@ def finished(start, data, tmp_path_factory):
     """Folder and results of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
-    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3"
+    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3 --min-pixels 50"
     return out, main([*fixed.split(), *more.split()])
 
 
 @pytest.mark.parametrize("interrupted_at", [3, 5])
 def test_resumed_run_ends_with_the_very_same_weights(finished, arguments, tmp_path, monkeypatch, interrupted_at):
-    original = TrainDraws.__getitem__
+    original, read = TrainSamples.__getitem__, []
 
     def interrupt(self, draw):
-        if draw[0] == interrupted_at:
+        if len(read) == 2 * interrupted_at:  # two images a step
             raise KeyboardInterrupt
+        read.append(draw)
         return original(self, draw)
 
-    monkeypatch.setattr(TrainDraws, "__getitem__", interrupt)
+    monkeypatch.setattr(TrainSamples, "__getitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(tmp_path / "run", "--eval-every", "3"))
     assert log_of(tmp_path / "run")[-1]["step"] == interrupted_at
@@ -231,12 +237,11 @@ def test_model_folder_loads_as_remote_code_and_scores_as_reported(finished, data
     trained = load_file(out / "checkpoints" / "step_0000006" / "model" / "model.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
     matrix = 0
-    for pair in find_pairs(data, "validation"):
-        image, truth = Image.open(pair.image), np.array(Image.open(pair.label)) // 255
+    for frame in frame_loader(FrameDataset(str(data), "validation"), 0):
         with torch.no_grad():
-            outputs = model(**processor(images=image, return_tensors="pt"))
-        labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[image.size[::-1]])[0]
-        matrix = matrix + confusion_matrix(labels, torch.from_numpy(truth), 2)
+            outputs = model(**processor(images=Image.fromarray(frame.image), return_tensors="pt"))
+        labels = processor.post_process_semantic_segmentation(outputs, target_sizes=[frame.labels.shape])[0]
+        matrix = matrix + confusion_matrix(labels, torch.from_numpy(frame.labels.copy()), 2)
     assert mean_iou(matrix) == results["miou"]
 
 
@@ -246,7 +251,7 @@ def test_report_names_result_protocol_and_data(finished, data):
     assert protocol["frames"] == 3 and protocol["image_size"] == protocol["truth_size"] == {"40x40": 3}
     # The micro model's windows are smaller than these images.
     assert (protocol["mode"], protocol["window"], protocol["stride"]) == ("slide", 32, 20)
-    assert protocol["labels"]["classes"] == {0: "road", 1: "sky"} and protocol["labels"]["rule"] == "orfd"
+    assert protocol["labels"]["classes"] == dict(enumerate(CLASSES)) and protocol["labels"]["name"] == "orfd/merged"
     card = (out / "model" / "README.md").read_text()
     header = card.split("---")[1].splitlines()
     assert {"library_name: transformers", "pipeline_tag: image-segmentation", "license: apache-2.0"} <= set(header)
@@ -258,11 +263,15 @@ def test_report_names_result_protocol_and_data(finished, data):
 
 
 def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
-    more = ("--classes", "road,car,train", "--steps", "1", "--save-every", "0")
-    with pytest.raises(ValueError, match="two classes apart, not 3; use --label-rule ids"):
-        main(arguments(tmp_path / "run", *more))
-    results = main(arguments(tmp_path / "run", *more, "--label-rule", "ids", "--lr", "1e-12"))
-    assert list(results["iou"]) == ["road", "car", "train"]
+    for split in ("train", "val"):
+        photo(tmp_path / "images" / split / "a.png", 40, 40)
+        save(tmp_path / "masks" / split / "a.png", np.arange(1600).reshape(40, 40) // 534)
+    (tmp_path / "classes.txt").write_text("traversable\ncar\ntrain\n")
+    folders = [tmp_path / name for name in ("images", "masks", "shards")]
+    prepare("prepare_folder").main([*map(str, folders), "--classes", str(tmp_path / "classes.txt"), "--workers", "1"])
+    more = ("--data", str(folders[2]), "--steps", "1", "--save-every", "0", "--lr", "1e-12")
+    results = main(arguments(tmp_path / "run", *more))
+    assert list(results["iou"]) == ["traversable", "car", "train"]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))
     reshaped = {name for name in before if before[name].shape != after[name].shape}
     assert {name.split(".")[2] for name in reshaped} == {"text_positions", "query_positions", "class_head"}
@@ -279,7 +288,7 @@ def test_an_earlier_run_is_not_overwritten(finished, arguments):
 
 
 def test_missing_data_and_model_are_named_before_anything_is_written(arguments, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder .*nowhere/training"):
+    with pytest.raises(FileNotFoundError, match="nowhere holds no manifest.json, so it is no finished dataset"):
         main(arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
     with pytest.raises(FileNotFoundError, match="--model no_such_thing is no preset"):
         main(arguments(tmp_path / "run", "--model", "no_such_thing"))
@@ -287,15 +296,16 @@ def test_missing_data_and_model_are_named_before_anything_is_written(arguments, 
 
 
 def test_non_finite_loss_names_the_images_and_saves_nothing(arguments, tmp_path, monkeypatch):
-    original = TrainDraws.__getitem__
+    original, read = TrainSamples.__getitem__, []
 
     def poison(self, draw):
         sample = original(self, draw)
-        if draw == (2, 1):
+        read.append(sample["key"])
+        if len(read) == 6:  # the second image of step 2
             sample["pixel_values"][0, 0, 0] = float("nan")
         return sample
 
-    monkeypatch.setattr(TrainDraws, "__getitem__", poison)
+    monkeypatch.setattr(TrainSamples, "__getitem__", poison)
     with pytest.raises(
         FloatingPointError, match=r"not finite at step 2, images training/x_training/image_data/\d\.png"
     ):
@@ -317,9 +327,9 @@ def test_non_finite_loss_is_traced_to_the_first_bad_batch():
 
 def test_evaluation_pools_counts_and_leaves_the_model_as_it_was(data):
     model = micro_model(id2label=dict(enumerate(CLASSES)), context_decoder_dropout=0.5).train()
-    frames = FrameDataset(find_pairs(data, "validation"), "orfd", 2)
+    frames = FrameDataset(str(data), "validation")
     processor, accelerator = TqdmImageProcessor(), program.Accelerator()
-    results = [evaluate(model, processor, frame_loader(frames, 0), "orfd", accelerator) for _ in range(2)]
+    results = [evaluate(model, processor, frame_loader(frames, 0), frames.label_map, accelerator) for _ in range(2)]
     assert model.training and results[0] == results[1]  # dropout was off
     model.eval()
     matrix = 0
