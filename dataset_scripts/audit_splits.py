@@ -8,8 +8,8 @@ Each set is one of
     a shard folder written by a prepare_... program; FOLDER:SPLIT is one split of it
 
 Scenes of a folder are the folders that are named after a recording time or hold image_data. Folders must hold images
-without their label pictures. Exit status: 0 nothing found, 1 leaks found, 2 bad input. The order of the sets, and of
-the names in them, makes no difference.
+without their label pictures. Exit status: 0 nothing found, 1 leaks found, 2 bad input, pictures that cannot be read
+among it (the others are compared). The order of the sets, and of the names in them, makes no difference.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from tqdm_seg.scenes_tqdm import frame_stamp, minutes_apart, recording_time, scene_identity
@@ -75,9 +75,9 @@ NEAR_FRAME = Check(
 )  # fmt: skip
 PICTURES = Check(
     "near-duplicate pictures", "bits",
-    "Sees, for every picture, the most similar one if it is the same at another size, compression or brightness, or "
-    "its close neighbour in a drive; blind to cropped, mirrored and turned ones, and to one place seen from "
-    "elsewhere.",
+    "Sees, for every picture, the most similar one if it is the same at another size, compression or brightness "
+    "(short of clipping), or its close neighbour in a drive; blind to cropped, mirrored and turned ones, and to one "
+    "place seen from elsewhere.",
 )  # fmt: skip
 
 
@@ -131,7 +131,7 @@ class Result:
 def read_set(source: str) -> FrameSet:
     """The set that a command-line argument names.
 
-    Raises FileNotFoundError for what does not exist or is empty, ValueError for names that are impossible or repeated.
+    Raises OSError for what does not exist, is empty or cannot be read, ValueError for impossible or repeated names.
     """
     path = Path(source)
     folder, colon, split = source.rpartition(":")
@@ -183,10 +183,14 @@ def read_list(source: str) -> FrameSet:
 
 
 def read_folder(source: str) -> FrameSet:
-    """Pictures in a folder and below it, links followed, hidden files left out."""
+    """Pictures in a folder and below it, links followed, hidden files left out; OSError where a folder is closed."""
+
+    def refuse(error: OSError) -> None:
+        raise error  # os.walk would go on without the folder, and the audit would call it clean
+
     root = Path(source).resolve()
     paths, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         if os.path.realpath(folder) in visited:
             subfolders.clear()  # a link to where we were before
             continue
@@ -333,12 +337,12 @@ def check_near_frames(first: FrameSet, second: FrameSet, minutes: float | None) 
     missing = without("frames named by a millisecond stamp", *stamped)
     if missing:
         return Result(NEAR_FRAME, skipped=missing)
-    limit = minutes * 60_000
+    limit = round(minutes * 60_000)
     pairs = nearest_stamps(*stamped, limit) | {f.mirrored() for f in nearest_stamps(*reversed(stamped), limit)}
     return Result(NEAR_FRAME, list(pairs))
 
 
-def nearest_stamps(stamped: list[tuple[int, str]], others: list[tuple[int, str]], limit: float) -> set[Finding]:
+def nearest_stamps(stamped: list[tuple[int, str]], others: list[tuple[int, str]], limit: int) -> set[Finding]:
     """For every (milliseconds, name) the nearest of `others` more than 0 and at most `limit` away; both are sorted."""
     times, other_times = (np.array([time for time, _ in part], np.int64) for part in (stamped, others))
     before = np.searchsorted(other_times, times, "left") - 1
@@ -359,46 +363,69 @@ def check_pictures(first: FrameSet, second: FrameSet, distance: int, wanted: boo
     missing = without("pictures", *([f for f in part.frames if f.read is not None] for part in (first, second)))
     if missing:
         return Result(PICTURES, skipped=missing), []
-    result, problems, hashes = Result(PICTURES), [], []
-    for part in (first, second):
-        with ThreadPoolExecutor() as pool:  # threads: Pillow decodes and shrinks outside Python's lock
-            hashed = pool.map(hash_or_problem, part.frames)
-            found = list(tqdm(hashed, part.source, len(part.frames), unit="picture", disable=None))
-        problems += [f"{part.source}: {problem}" for problem in found if isinstance(problem, str)]
-        flat = sum(bits is None for bits in found)
-        if flat:
-            result.notes.append(f"{flat} pictures of {part.source} are of one even colour, not compared")
-        hashes.append(
-            [(f.name, bits) for f, bits in zip(part.frames, found, strict=True) if isinstance(bits, np.ndarray)]
-        )
-    of_first, of_second = (np.array([bits for _, bits in named], bool).reshape(-1, HASH * HASH) for named in hashes)
-    for i, j, differing in nearest_hashes(of_first, of_second, distance):
-        result.findings.append(Finding(hashes[0][i][0], hashes[1][j][0], differing, ""))
+    sides = hash_pictures(first), hash_pictures(second)
+    result, problems = Result(PICTURES), []
+    for part, side in zip((first, second), sides, strict=True):
+        problems += [f"{part.source}: {problem}" for problem in side.problems]
+        if side.flat:
+            result.notes.append(f"{side.flat} pictures of {part.source} are of one even colour, not compared")
+    for i, j, differing in nearest_hashes(sides[0].bits, sides[1].bits, distance):
+        result.findings.append(Finding(sides[0].names[i], sides[1].names[j], differing, ""))
     return result, problems
+
+
+class Hashes(NamedTuple):
+    """Names of a set's pictures and their hashes (n, 64) bool, without `flat` of one even colour and the unreadable."""
+
+    names: list[str]
+    bits: np.ndarray
+    flat: int
+    problems: list[str]
+
+
+def hash_pictures(part: FrameSet) -> Hashes:
+    """`picture_hash` of every frame of a set whose frames have pictures, on all cores."""
+    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes and shrinks outside Python's lock
+        hashed = pool.map(hash_or_problem, part.frames)
+        found = list(tqdm(hashed, part.source, len(part.frames), unit="picture", disable=None))
+    named = [(f.name, bits) for f, bits in zip(part.frames, found, strict=True) if isinstance(bits, np.ndarray)]
+    return Hashes(
+        [name for name, _ in named],
+        np.array([bits for _, bits in named], bool).reshape(-1, HASH * HASH),
+        sum(bits is None for bits in found),
+        [problem for problem in found if isinstance(problem, str)],
+    )
 
 
 def hash_or_problem(frame: Frame) -> np.ndarray | None | str:
     """`picture_hash`, or what is wrong with the picture: one bad file among thousands must not stop the others."""
     try:
         return picture_hash(frame.read())
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: some broken PNGs
-        return f"cannot read {frame.name} ({error}); copy the file anew or remove it"
+    except UnidentifiedImageError:  # its own text is an address in memory
+        reason = "no known kind of picture"
+    except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
+        reason = str(error)
+    return f"cannot read {frame.name} ({reason}); copy the file anew, convert it or remove it"
 
 
 def picture_hash(content: bytes) -> np.ndarray | None:
     """Perceptual hash (64,) bool: which low frequencies of the grey picture are above their median.
 
     Unlike differences of neighbouring pixels it hardly feels compression noise in skies and snow. None for a picture of
-    one even colour, where only noise would be hashed. Raises ValueError for more than 8 bits per channel, and what
-    Pillow raises for files that it cannot read.
+    one even colour, where only noise would be hashed. Raises ValueError for more than 8 bits of grey, and what Pillow
+    raises for files that it cannot read.
     """
     with Image.open(io.BytesIO(content)) as image:
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"more than 8 bits per channel, mode {image.mode}; convert it to 8 bits")
-        image.draft("L", (2 * GRID, 2 * GRID))  # JPEG is decoded small at once
+            raise ValueError(f"mode {image.mode}, more than 8 bits")
+        # JPEG is decoded small at once. Not below 4 x GRID: at 2 x GRID fine textures change up to 12 bits.
+        image.draft("L", (4 * GRID, 4 * GRID))
         # HAMMING: of Pillow's filters the one under which a picture's hash changes least with its size.
         small = image.convert("L").resize((GRID, GRID), Image.Resampling.HAMMING)
-        grey = np.asarray(ImageOps.exif_transpose(small), np.float64)
+        # Without the other EXIF tags: turning writes them anew, which fails for some that cameras write.
+        upright = Image.fromarray(np.asarray(small))
+        upright.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    grey = np.asarray(ImageOps.exif_transpose(upright), np.float64)
     if grey.std() < FLAT:
         return None
     frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
@@ -410,7 +437,7 @@ _COSINES = np.cos(np.pi / GRID * np.outer(np.arange(HASH), np.arange(GRID) + 0.5
 
 
 def nearest_hashes(
-    first: np.ndarray, second: np.ndarray, distance: int, block: int = 1024
+    first: np.ndarray, second: np.ndarray, distance: int, block: int = 256
 ) -> list[tuple[int, int, int]]:
     """(i, j, differing bits) where j is nearest to i or i to j, at most `distance` apart; of equals the first is taken.
 
@@ -446,22 +473,30 @@ def without(what: str, first: Sequence[object], second: Sequence[object]) -> str
 
 def print_report(first: FrameSet, second: FrameSet, results: list[Result]) -> None:
     """What was found, check by check, and one line in the end."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     for title, part in (("first ", first), ("second", second)):
         print(f"{title}  {part.source}: {len(part.scenes)} scenes, {len(part.frames)} frames")
     for result in results:
         print(f"\n{result.check.name}: {summary(result)}")
         for text in (result.check.sees, *result.notes):
             print(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="  "))
-        rows = [("first", "second", "found"), *((f.first, f.second, found_text(f, result)) for f in result.findings)]
-        rows = rows[: PRINTED_ROWS + 1]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        for row in rows if result.findings else []:
-            print(f"    {row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}")
-        if len(result.findings) > PRINTED_ROWS:
-            print(f"    ... and {len(result.findings) - PRINTED_ROWS} more, all in --json and --csv")
+        print_findings(result)
     leaks = [f"{result.check.name} {len(result.findings)}" for result in results if result.findings]
     made = [result.check.name for result in results if result.skipped is None]
     print(f"\nLEAKS: {', '.join(leaks)}" if leaks else f"\nno leak; checked: {', '.join(made)}")
+
+
+def print_findings(result: Result) -> None:
+    """The first findings of a check as a table."""
+    if not result.findings:
+        return
+    shown = [(f.first, f.second, found_text(f, result)) for f in result.findings[:PRINTED_ROWS]]
+    rows = [("first", "second", "found"), *shown]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for a, b, found in rows:
+        print(f"    {a:<{widths[0]}}  {b:<{widths[1]}}  {found}")
+    if len(result.findings) > PRINTED_ROWS:
+        print(f"    ... and {len(result.findings) - PRINTED_ROWS} more, all in --json and --csv")
 
 
 def summary(result: Result) -> str:
@@ -510,9 +545,14 @@ def as_csv(results: list[Result]) -> str:
     writer.writerow(["check", "first", "second", "amount", "unit", "note"])
     for result in results:
         for finding in result.findings:
-            amount = "" if finding.amount is None else f"{finding.amount:g}"
-            writer.writerow([result.check.name, finding.first, finding.second, amount, result.check.unit, finding.note])
+            first, second, amount, note = finding
+            writer.writerow([result.check.name, first, second, amount, result.check.unit, note])
     return text.getvalue()
+
+
+def write_report(out: Path, text: str) -> None:
+    """The whole file or none; bytes of file names that are no UTF-8 are written as JSON writes them, \\udce9."""
+    write_whole(out, text.encode(errors="backslashreplace"))
 
 
 def at_least_zero(text: str) -> float:
@@ -530,11 +570,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("first", metavar="FIRST", help="text file, folder, shard folder or FOLDER:SPLIT")
     add("second", metavar="SECOND", help="the same")
     add(
-        "--minutes",
-        type=at_least_zero,
-        metavar="N",
+        "--minutes", type=at_least_zero, metavar="N",
         help="also report recordings and stamped frames at most N minutes apart",
-    )
+    )  # fmt: skip
     add(
         "--distance", type=int, choices=range(HASH * HASH // 2), default=4, metavar="BITS",
         help="pictures are near-duplicates up to this many different bits of 64 (default %(default)s). Measured on one "
@@ -552,10 +590,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         for out in filter(None, (args.json, args.csv)):
-            if not out.resolve().parent.is_dir():
-                raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} in")
+            if out.is_dir() or not out.resolve().parent.is_dir():
+                raise FileNotFoundError(f"{out} must be a file in a folder that exists")
         first, second = read_set(args.first), read_set(args.second)
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     results = [
         check_same_scene(first, second),
@@ -571,10 +609,13 @@ def main(argv: list[str] | None = None) -> int:
         reasons = "; ".join(f"{result.check.name}: {result.skipped}" for result in results)
         parser.error(f"{args.first} and {args.second} hold nothing that could be compared. {reasons}")
     print_report(first, second, results)
-    if args.json:
-        write_whole(args.json, as_json(first, second, results, args, problems).encode())
-    if args.csv:
-        write_whole(args.csv, as_csv(results).encode())
+    try:
+        if args.json:
+            write_report(args.json, as_json(first, second, results, args, problems))
+        if args.csv:
+            write_report(args.csv, as_csv(results))
+    except OSError as error:
+        parser.error(f"the report cannot be written: {error}")
     if problems:
         print(f"{len(problems)} pictures were left out:", *problems, sep="\n", file=sys.stderr)
         return 2
