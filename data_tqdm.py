@@ -18,14 +18,14 @@ import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tqdm_seg.augment_tqdm import TrainTransform
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap
 from tqdm_seg.loss_tqdm import supervised_masks
-from tqdm_seg.shards_tqdm import read_frame, read_index
+from tqdm_seg.shards_tqdm import read_frame, read_index, turned
 
 # A set smaller than this is kept decoded in memory, once per loader process.
 CACHE_BYTES = 256 * 2**20
@@ -46,9 +46,9 @@ def decode_frame(key: str, scene: str, image: bytes, labels: np.ndarray) -> Fram
     """The frame with its picture turned as EXIF says; ValueError naming the key for what does not decode or fit."""
     try:
         with Image.open(BytesIO(image)) as file:
-            ImageOps.exif_transpose(file, in_place=True)
             pixels = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow reports some broken PNGs as SyntaxError
+            pixels = turned(pixels, file.getexif().get(ExifTags.Base.Orientation))
+    except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
         raise ValueError(f"picture {key} cannot be decoded ({error}); copy it anew or leave the frame out") from error
     if pixels.shape[:2] != labels.shape:
         raise ValueError(

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm import tqdm
 
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap, decode_picture
@@ -38,6 +38,7 @@ from tqdm_seg.shards_tqdm import (
     index_schema,
     shard_name,
     shown_size,
+    turned,
     write_shard,
     write_whole,
 )
@@ -173,11 +174,9 @@ def read_row(key: str, pair: Pair, job: Job) -> tuple[Row, bool]:
     data, picture = _read(pair.image, "picture", lambda content: (content, decode_picture(content)))
     labels = _read(pair.label, "label", job.label_map.labels)
     width, height = shown_size(picture)
-    turned = labels.shape != (height, width) and labels.shape[::-1] == picture.size
-    if turned:
-        drawn = Image.fromarray(labels)
-        drawn.getexif()[ExifTags.Base.Orientation] = picture.getexif()[ExifTags.Base.Orientation]
-        labels = np.asarray(ImageOps.exif_transpose(drawn))
+    unturned = labels.shape != (height, width) and labels.shape[::-1] == picture.size
+    if unturned:
+        labels = turned(labels, picture.getexif().get(ExifTags.Base.Orientation))
     if labels.shape != (height, width):
         raise ValueError(
             f"label {pair.label} is {labels.shape[1]}x{labels.shape[0]}, its picture {pair.image} {width}x{height} "
@@ -191,7 +190,7 @@ def read_row(key: str, pair: Pair, job: Job) -> tuple[Row, bool]:
     png = BytesIO()
     Image.fromarray(labels).save(png, "PNG", compress_level=1)  # level 6 takes several times as long for little
     counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[: len(job.label_map.classes)]
-    return Row(key, pair.scene, height, width, data, path, png.getvalue(), counts), turned
+    return Row(key, pair.scene, height, width, data, path, png.getvalue(), counts), unturned
 
 
 def _read(path: Path, what: str, decode: Callable[[bytes], Any]) -> Any:
@@ -205,7 +204,8 @@ def _read(path: Path, what: str, decode: Callable[[bytes], Any]) -> Any:
 
 def _jpeg(picture: Image.Image, quality: int) -> bytes:
     content = BytesIO()
-    ImageOps.exif_transpose(picture).convert("RGB").save(content, "JPEG", quality=quality)
+    pixels = turned(np.asarray(picture.convert("RGB")), picture.getexif().get(ExifTags.Base.Orientation))
+    Image.fromarray(pixels).save(content, "JPEG", quality=quality)
     return content.getvalue()
 
 

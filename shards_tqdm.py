@@ -29,7 +29,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
-from PIL import ExifTags
+from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
 
 FORMAT_VERSION = 1
@@ -101,6 +101,16 @@ def shown_size(picture: PILImage.Image) -> tuple[int, int]:
     width, height = picture.size
     turned = picture.getexif().get(ExifTags.Base.Orientation) in _TURNED
     return (height, width) if turned else (width, height)
+
+
+def turned(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
+    """pixels (H, W) or (H, W, 3) uint8 turned by an EXIF orientation, 1 ... 8, None or any other number: not at all."""
+    if orientation not in range(2, 9):
+        return pixels
+    # Without the file's other EXIF tags: turning writes them anew, which fails for some that cameras write.
+    image = PILImage.fromarray(pixels)
+    image.getexif()[ExifTags.Base.Orientation] = orientation
+    return np.asarray(ImageOps.exif_transpose(image))
 
 
 # -- writing --------------------------------------------------------------------------------------------

@@ -28,11 +28,11 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from tqdm_seg.scenes_tqdm import frame_stamp, minutes_apart, recording_time, scene_identity
-from tqdm_seg.shards_tqdm import read_frame, read_index, write_whole
+from tqdm_seg.shards_tqdm import read_frame, read_index, turned, write_whole
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Folders that say which part of a data set a frame belongs to, and nothing about what it shows.
@@ -422,10 +422,7 @@ def picture_hash(content: bytes) -> np.ndarray | None:
         image.draft("L", (4 * GRID, 4 * GRID))
         # HAMMING: of Pillow's filters the one under which a picture's hash changes least with its size.
         small = image.convert("L").resize((GRID, GRID), Image.Resampling.HAMMING)
-        # Without the other EXIF tags: turning writes them anew, which fails for some that cameras write.
-        upright = Image.fromarray(np.asarray(small))
-        upright.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-    grey = np.asarray(ImageOps.exif_transpose(upright), np.float64)
+        grey = turned(np.asarray(small), image.getexif().get(ExifTags.Base.Orientation)).astype(np.float64)
     if grey.std() < FLAT:
         return None
     frequencies = (_COSINES @ grey @ _COSINES.T).ravel()

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import micro_model
-from shard_helpers import photo, save
-from shard_helpers import program as prepare
 from PIL import Image
 from safetensors.torch import load_file
+from shard_helpers import photo, save
+from shard_helpers import program as prepare
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
