@@ -166,6 +166,10 @@ class TqdmConfig(PreTrainedConfig):
     pixel_decoder_points: int = 4
     # The published configuration file says 1024, "reduced from 2048"; a legacy argument of its builder restores 2048.
     pixel_decoder_ffn_dim: int = 2048
+    # What the paper's ablations take away: text-to-pixel attention, and class texts as queries ("random": learned
+    # vectors that start at random).
+    text_to_pixel_attention: bool = True
+    queries: Literal["textual", "random"] = "textual"
     mask_decoder_layers: int = 9
     mask_decoder_heads: int = 8
     mask_decoder_ffn_dim: int = 2048

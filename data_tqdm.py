@@ -10,21 +10,20 @@ Letters: R frames, K classes, N samples, B batch, H, W image, h, w crop, M super
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from typing import Any, NamedTuple
 
+import cv2
 import datasets
 import numpy as np
 import torch
 from datasets.distributed import split_dataset_by_node
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from tqdm_seg.augment_tqdm import TrainTransform
-from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap
-from tqdm_seg.loss_tqdm import supervised_masks
+from tqdm_seg.augment_tqdm import TrainTransform, normalise
+from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap, decode_picture
 from tqdm_seg.shards_tqdm import read_frame, read_index, turned
 
 # A set smaller than this is kept decoded in memory, once per loader process.
@@ -42,20 +41,18 @@ class Frame(NamedTuple):
     labels: np.ndarray
 
 
-def decode_frame(key: str, scene: str, image: bytes, labels: np.ndarray) -> Frame:
-    """The frame with its picture turned as EXIF says; ValueError naming the key for what does not decode or fit."""
-    try:
-        with Image.open(BytesIO(image)) as file:
-            pixels = np.asarray(file if file.mode == "RGB" else file.convert("RGB"))
-            pixels = turned(pixels, file.getexif().get(ExifTags.Base.Orientation))
-    except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
-        raise ValueError(f"picture {key} cannot be decoded ({error}); copy it anew or leave the frame out") from error
-    if pixels.shape[:2] != labels.shape:
-        raise ValueError(
-            f"label of {key} is {labels.shape[1]}x{labels.shape[0]}, its picture {pixels.shape[1]}x{pixels.shape[0]} "
-            "(width x height); use the label that was drawn on this picture, or leave the frame out"
-        )
-    return Frame(key, scene, pixels, labels)
+def decode(content: bytes, flags: int) -> np.ndarray:
+    """Pixels of a picture file, turned as its EXIF says, by OpenCV as in the published code.
+
+    Of a file that is cut short it may return a part without a word: for bytes whose checksum is known to be right.
+    """
+    return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+
+
+def decode_carefully(content: bytes) -> np.ndarray:
+    """(H, W, 3) uint8 RGB of a picture file that nobody has checked, turned as its EXIF says; ValueError if broken."""
+    picture = decode_picture(content)
+    return turned(np.asarray(picture.convert("RGB")), picture.getexif().get(ExifTags.Base.Orientation))
 
 
 class FrameDataset(Dataset):
@@ -89,7 +86,8 @@ class FrameDataset(Dataset):
 
     def _read(self, row: int) -> Frame:
         image, label = read_frame(self.index, row)
-        return decode_frame(self.keys[row], self.scenes[row], image, np.asarray(Image.open(BytesIO(label))))
+        pixels, labels = decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
+        return Frame(self.keys[row], self.scenes[row], pixels, labels)
 
 
 # -- what is trained on when ----------------------------------------------------------------------------
@@ -206,24 +204,36 @@ class TrainSamples(Dataset):
 def augmented(
     frame: Frame, transform: TrainTransform, seed: int | list[int], wanted: int = -1
 ) -> dict[str, Tensor | str]:
-    """pixel_values (3, h, w), labels (h, w), key and scene of a frame, its chance by `seed`."""
-    pixel_values, labels = transform(frame.image, frame.labels, np.random.default_rng(seed), wanted)
-    return {"pixel_values": pixel_values, "labels": labels, "key": frame.key, "scene": frame.scene}
+    """The fields of a `Crop`, key and scene of a frame, its chance by `seed`."""
+    crop = transform(frame.image, frame.labels, np.random.default_rng(seed), wanted)
+    return {**crop._asdict(), "key": frame.key, "scene": frame.scene}
 
 
 def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[str, Tensor | list[str]]:
-    """Stacked `pixel_values` (B, 3, h, w) and `labels` (B, h, w); lists `key` and `scene`; `mask_index` (M, 2).
+    """Stacked `image` (B, h, w, 3) and `labels` (B, h, w) uint8, `size` (B, 2); lists `key` and `scene`.
 
-    mask_index names image and class of every supervised mask. It is made here, on the CPU, because on a GPU its
-    data-dependent size would make the host wait for the device.
+    mask_index (M, 2): image and class of every supervised mask; labelled (): pixels that are not ignored. Both are made
+    here, on the CPU, because on a GPU the data-dependent size would make the host wait for the device.
     """
-    labels = torch.stack([sample["labels"] for sample in samples])
+    class_pixels = torch.from_numpy(np.stack([sample["class_pixels"] for sample in samples]))  # (B, 255)
     return {
-        "pixel_values": torch.stack([sample["pixel_values"] for sample in samples]),
-        "labels": labels,
-        "mask_index": supervised_masks(labels, num_classes, IGNORE_INDEX),
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "labels": torch.stack([sample["labels"] for sample in samples]),
+        "size": torch.tensor([sample["size"] for sample in samples]),
+        "mask_index": class_pixels[:, :num_classes].nonzero(),
+        "labelled": class_pixels.sum(),
         "key": [sample["key"] for sample in samples],
         "scene": [sample["scene"] for sample in samples],
+    }
+
+
+def model_inputs(batch: dict[str, Tensor | list[str]], device: torch.device) -> dict[str, Tensor]:
+    """`pixel_values` (B, 3, h, w) float32, `labels` (B, h, w) int64 and `mask_index` of a batch, on the device."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in ("image", "size", "labels", "mask_index")}
+    return {
+        "pixel_values": normalise(moved["image"], moved["size"]),
+        "labels": moved["labels"].long(),
+        "mask_index": moved["mask_index"],
     }
 
 
@@ -315,11 +325,18 @@ class PlainRows:
         """The decoded frame; its key is the row's "key", else the file name, else its number."""
         image, label = (_file_bytes(row[column]) for column in (self.image, self.label))
         key = str(row.get("key") or row[self.image].get("path") or number)
+        what = "picture"
         try:
+            pixels, what = decode_carefully(image), "label"
             labels = self._ids.labels(label)
         except ValueError as error:
-            raise ValueError(f"label of {key} in {self.source} {error}") from error
-        return decode_frame(key, str(row.get("scene") or ""), image, labels)
+            raise ValueError(f"{what} of {key} in {self.source} {error}") from error
+        if pixels.shape[:2] != labels.shape:
+            raise ValueError(
+                f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its picture "
+                f"{pixels.shape[1]}x{pixels.shape[0]} (width x height); use the label that was drawn on this picture"
+            )
+        return Frame(key, str(row.get("scene") or ""), pixels, labels)
 
 
 def _file_bytes(value: dict[str, Any]) -> bytes:

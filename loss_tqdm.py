@@ -4,10 +4,37 @@ Letters: B batch, K classes = textual queries, L predictions (bare queries and e
 P points, E image-text width, H, W image, h, w mask logits.
 """
 
+from typing import NamedTuple
+
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class LossCounts(NamedTuple):
+    """What the losses are divided by, scalars: of one batch, or the mean over all batches of an optimiser step.
+
+    With the mean, the average of the batches' losses is the loss of the whole step, however it is divided among
+    processes and accumulated batches.
+    masks: supervised masks. class_weight: sum of the queries' weights in the class loss. labelled: pixels that the
+    score-map loss is averaged over.
+    """
+
+    masks: Tensor
+    class_weight: Tensor
+    labelled: Tensor
+
+
+def count_losses(
+    mask_index: Tensor, labels: Tensor, num_classes: int, no_object_weight: float, over: str, ignore_index: int
+) -> LossCounts:
+    """Counts of one batch: mask_index (M, 2), labels (B, H, W), both where the counts shall be."""
+    masks = torch.full((), float(len(mask_index)), device=labels.device)
+    queries = len(labels) * num_classes
+    labelled = labels.numel() if over == "all" else (labels != ignore_index).sum()
+    return LossCounts(
+        masks, masks + no_object_weight * (queries - masks), torch.as_tensor(labelled, device=labels.device).float()
+    )
 
 
 def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> None:
@@ -89,10 +116,10 @@ def choose_points(
     return torch.cat((chosen, fresh), 2)
 
 
-def class_loss(class_logits: Tensor, mask_index: Tensor, no_object_weight: float) -> Tensor:
+def class_loss(class_logits: Tensor, mask_index: Tensor, no_object_weight: float, total_weight: Tensor) -> Tensor:
     """Weighted cross-entropy (L) of class logits (B, L, K, K + 1): query q is class q where present, else no object.
 
-    sum(w CE) / sum(w) over all B K queries, with w = 1 for classes and no_object_weight for no object.
+    sum(w CE) / total_weight over all B K queries, with w = 1 for classes and no_object_weight for no object.
     """
     batch, predictions, classes, _ = class_logits.shape
     targets = torch.full((batch, classes), classes, device=class_logits.device)
@@ -101,7 +128,7 @@ def class_loss(class_logits: Tensor, mask_index: Tensor, no_object_weight: float
     weights = torch.where(targets == classes, no_object_weight, 1.0)  # (B, K)
     targets = targets[:, None].expand(-1, predictions, -1)  # (B, L, K)
     entropy = F.cross_entropy(class_logits.float().flatten(0, 2), targets.flatten(), reduction="none")
-    return (entropy.view(batch, predictions, classes) * weights[:, None]).sum((0, 2)) / weights.sum()
+    return (entropy.view(batch, predictions, classes) * weights[:, None]).sum((0, 2)) / total_weight
 
 
 def mask_loss(point_logits: Tensor, targets: Tensor, num_masks: Tensor) -> Tensor:
@@ -120,15 +147,6 @@ def dice_loss(point_logits: Tensor, targets: Tensor, num_masks: Tensor) -> Tenso
     return dice.sum(-1) / num_masks
 
 
-def average_num_masks(mask_index: Tensor) -> Tensor:
-    """Number of supervised masks, averaged over the processes and at least 1: scalar."""
-    count = torch.full((), float(len(mask_index)), device=mask_index.device)
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count.clamp(min=1)
-
-
 def textual_loss(text_embeddings: Tensor, reference: Tensor) -> Tensor:
     """Cross-entropy of the cosines of each class's query with all reference texts (paper equation 5), no temperature.
 
@@ -145,15 +163,19 @@ def visual_loss(image_embedding: Tensor, reference: Tensor) -> Tensor:
 
 
 def score_map_loss(
-    score_map: Tensor, labels: Tensor, covered: tuple[int, int], temperature: float, over: str, ignore_index: int
+    score_map: Tensor,
+    labels: Tensor,
+    covered: tuple[int, int],
+    temperature: float,
+    ignore_index: int,
+    num_pixels: Tensor,
 ) -> Tensor:
     """Cross-entropy of the score map / temperature, enlarged to the labels (paper equation 7). Scalar.
 
     score_map (B, K, h, w) of cosines spans `covered` (rows, columns) pixels, of which labels (B, H, W) are top left.
-    over="labelled": mean over the pixels that are not ignored, 0 if there are none; "all": ignored pixels count in
-    the denominator, as published.
+    Summed over the labelled pixels / num_pixels, which is at least 1.
     """
     height, width = labels.shape[-2:]
     logits = F.interpolate(score_map.float() / temperature, covered, mode="bilinear", align_corners=False)
     entropy = F.cross_entropy(logits[..., :height, :width], labels, ignore_index=ignore_index, reduction="sum")
-    return entropy / (labels.numel() if over == "all" else (labels != ignore_index).sum().clamp(min=1))
+    return entropy / num_pixels

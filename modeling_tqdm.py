@@ -23,10 +23,11 @@ from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
 from .layers_tqdm import TqdmBaseModel
 from .loss_tqdm import (
-    average_num_masks,
+    LossCounts,
     check_labels,
     choose_points,
     class_loss,
+    count_losses,
     dice_loss,
     mask_loss,
     sample_labels,
@@ -160,6 +161,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         mask_index: Tensor | None = None,
         reference_image_embedding: Tensor | None = None,
         reference_text_embedding: Tensor | None = None,
+        loss_counts: LossCounts | None = None,
         output_logits: bool = True,
         use_windows: bool | None = None,
     ) -> TqdmSemanticSegmenterOutput:
@@ -169,6 +171,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         mask_index (M, 2): `supervised_masks(labels, ...)`, if made on the CPU beforehand.
         reference_image_embedding (B, E): of the frozen tower; without it there is no visual term.
         reference_text_embedding (K, E): `model.text_queries.encode_reference()`, made here if not given.
+        loss_counts: what the losses are divided by where this batch is part of a larger one, see `LossCounts`.
         output_logits: False leaves out the full-size scores, which training does not need.
         use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
         labels, where the image is larger than `config.window_size`.
@@ -187,7 +190,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         terms = None
         if labels is not None:
             terms = self.compute_losses(
-                outputs, labels, mask_index, reference_image_embedding, reference_text_embedding
+                outputs, labels, mask_index, reference_image_embedding, reference_text_embedding, loss_counts
             )
         logits = None
         if output_logits:
@@ -208,6 +211,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         mask_index: Tensor | None = None,
         reference_image_embedding: Tensor | None = None,
         reference_text_embedding: Tensor | None = None,
+        loss_counts: LossCounts | None = None,
         points: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every weighted term by name; arguments as in `forward`.
@@ -232,10 +236,15 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
             )
         point_logits = sample_logits(mask_logits, points * extent)  # (L, M, P)
         targets = sample_labels(labels, mask_index, points)  # (L, M, P)
-        num_masks = average_num_masks(mask_index)
+        if loss_counts is None:
+            loss_counts = count_losses(
+                mask_index, labels, config.num_labels, config.no_object_weight, config.score_map_loss_over,
+                config.ignore_index,
+            )  # fmt: skip
+        num_masks, num_pixels = loss_counts.masks.clamp(min=1), loss_counts.labelled.clamp(min=1)
         layered = {
             "loss_class": config.class_loss_weight
-            * class_loss(outputs.class_logits, mask_index, config.no_object_weight),
+            * class_loss(outputs.class_logits, mask_index, config.no_object_weight, loss_counts.class_weight),
             "loss_mask": config.mask_loss_weight * mask_loss(point_logits, targets, num_masks),
             "loss_dice": config.dice_loss_weight * dice_loss(point_logits, targets, num_masks),
         }
@@ -253,9 +262,8 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
                 outputs.image_embedding, reference_image_embedding
             )
         terms["loss_score_map"] = config.score_map_loss_weight * score_map_loss(
-            outputs.score_map, labels, (rows, columns), config.score_map_temperature, config.score_map_loss_over,
-            config.ignore_index,
-        )  # fmt: skip
+            outputs.score_map, labels, (rows, columns), config.score_map_temperature, config.ignore_index, num_pixels
+        )
         return terms
 
     def _full_size(self, scores: Tensor, height: int, width: int) -> Tensor:
@@ -299,7 +307,12 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         rows = [before.index(name) if name in before else None for name in self.config.class_names]
         pixel_decoder, mask_decoder = self.model.pixel_decoder, self.model.mask_decoder
         width = self.config.hidden_size
-        pixel_decoder.text_positions = with_rows(pixel_decoder.text_positions, rows, torch.randn(len(rows), width))
+        if pixel_decoder.text_positions is not None:
+            pixel_decoder.text_positions = with_rows(pixel_decoder.text_positions, rows, torch.randn(len(rows), width))
+        if self.config.queries == "random":
+            prompt = self.model.text_queries.prompt
+            prompt.weight = with_rows(prompt.weight, rows, torch.randn(len(rows), prompt.embedding_dim))
+            prompt.num_embeddings = len(rows)
         mask_decoder.query_positions = with_rows(mask_decoder.query_positions, rows, torch.randn(len(rows), width))
         rows.append(len(before))  # the last row of the class head is no object
         head, fresh = mask_decoder.class_head, nn.Linear(width, len(rows))

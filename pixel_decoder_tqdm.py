@@ -100,8 +100,10 @@ class PixelDecoderLayer(GradientCheckpointingLayer):
         width, eps = config.hidden_size, config.layer_norm_eps
         self.deformable = DeformableAttention(width, config.pixel_decoder_heads, config.pixel_decoder_points)
         self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.text_attention = TqdmAttention(config, width, config.pixel_decoder_heads)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.text_attention = None
+        if config.text_to_pixel_attention:
+            self.text_attention = TqdmAttention(config, width, config.pixel_decoder_heads)
+            self.norm2 = nn.LayerNorm(width, eps=eps)
         self.ffn = FeedForward(width, config.pixel_decoder_ffn_dim, "relu")
         self.norm3 = nn.LayerNorm(width, eps=eps)
 
@@ -110,13 +112,14 @@ class PixelDecoderLayer(GradientCheckpointingLayer):
         pixels: Tensor,
         positions: Tensor,
         centres: Tensor,
-        text_keys: Tensor,
-        text: Tensor,
+        text_keys: Tensor | None,
+        text: Tensor | None,
         sizes: list[tuple[int, int]],
     ) -> Tensor:
         """pixels (B, N, C), positions (1, N, C), centres (N, 2), text_keys and text (B, K, C) -> pixels (B, N, C)."""
         pixels = self.norm1(pixels + self.deformable(pixels + positions, pixels, centres, sizes))
-        pixels = self.norm2(pixels + self.text_attention(pixels + positions, text_keys, text))
+        if self.text_attention is not None:
+            pixels = self.norm2(pixels + self.text_attention(pixels + positions, text_keys, text))
         return self.norm3(pixels + self.ffn(pixels))
 
 
@@ -145,8 +148,10 @@ class PixelDecoder(nn.Module):
         width, channels = config.hidden_size, config.vision_config.hidden_size
         self.inputs = nn.ModuleList(ConvGroupNorm(channels, config, bias=True) for _ in range(NUM_LEVELS))
         self.level_embedding = nn.Parameter(torch.empty(NUM_LEVELS, width))
-        self.text_proj = nn.Linear(config.text_config.projection_dim, width)
-        self.text_positions = nn.Parameter(torch.empty(config.num_labels, width))
+        self.text_proj = self.text_positions = None
+        if config.text_to_pixel_attention:
+            self.text_proj = nn.Linear(config.text_config.projection_dim, width)
+            self.text_positions = nn.Parameter(torch.empty(config.num_labels, width))
         self.layers = nn.ModuleList(PixelDecoderLayer(config) for _ in range(config.pixel_decoder_layers))
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lateral = ConvGroupNorm(channels, config)
@@ -156,7 +161,8 @@ class PixelDecoder(nn.Module):
     def initialise(self) -> None:
         """Unit normal, the start of `nn.Embedding`, which the published code uses here."""
         init.normal_(self.level_embedding)
-        init.normal_(self.text_positions)
+        if self.text_positions is not None:
+            init.normal_(self.text_positions)
 
     def forward(self, features: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
         """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 maps coarse to fine."""
@@ -172,8 +178,10 @@ class PixelDecoder(nn.Module):
             1,
         ).to(pixels.dtype)  # (1, N, C)
         centres = cell_centres(sizes, pixels.device)  # (N, 2)
-        text = self.text_proj(text)  # (B, K, C)
-        text_keys = text + self.text_positions
+        text_keys = None
+        if self.text_proj is not None:
+            text = self.text_proj(text)  # (B, K, C)
+            text_keys = text + self.text_positions
         for layer in self.layers:
             pixels = layer(pixels, positions, centres, text_keys, text, sizes)
         # The published code normalises after every layer and uses only the last result.

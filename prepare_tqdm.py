@@ -137,7 +137,7 @@ def run(main: Callable[[], object]) -> None:
     """Calls `main`; what it reports as an error becomes one message and exit status 1."""
     try:
         main()
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; run the same command again to go on")

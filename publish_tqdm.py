@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from huggingface_hub import HfApi
+
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -39,9 +41,14 @@ def _fsync(path: Path) -> None:
 
 
 def save_model_folder(
-    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, folder: str | Path, card: str | None = None
+    model: TqdmForSemanticSegmentation,
+    processor: TqdmImageProcessor,
+    folder: str | Path,
+    texts: dict[str, str] | None = None,
 ) -> None:
-    """Writes a folder that the Auto classes and `pipeline` load with trust_remote_code=True; `card`: its README.md.
+    """Writes a folder that the Auto classes and `pipeline` load with trust_remote_code=True.
+
+    texts: further files by name, such as the card, README.md.
 
     Raises FileExistsError, and changes nothing, when `folder` holds files that would be lost.
     """
@@ -53,8 +60,27 @@ def save_model_folder(
     with written_whole(Path(folder)) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
-        if card is not None:
-            (temporary / "README.md").write_text(card, encoding="utf-8")
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         lost = sorted(set(os.listdir(folder)) - set(os.listdir(temporary))) if Path(folder).exists() else []
         if lost:
             raise FileExistsError(f"{folder} also holds {', '.join(lost[:5])}; choose a new folder, or empty this one")
+
+
+def push_folder(folder: Path, repository: str) -> str:
+    """Makes the Hub repository NAME/REPO if it is new and uploads the folder; returns its address.
+
+    The endpoint is huggingface_hub's (HF_ENDPOINT, HF_TOKEN). Raises OSError, with the command that tries again, when
+    it does not answer or refuses; the folder stays as it is.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        return str(
+            api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload of a trained model")
+        )
+    except Exception as error:  # of httpx, of huggingface_hub, of the token file
+        raise OSError(
+            f"{repository} could not be pushed ({type(error).__name__}: {error}); nothing is lost, try again with: "
+            f"hf upload {repository} {folder} ."
+        ) from error

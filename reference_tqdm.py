@@ -28,8 +28,9 @@ class FrozenReference(nn.Module):
         """Stays in eval mode unless `follow_train_mode`."""
         return super().train(mode and self.follow_train_mode)
 
-    @torch.no_grad()
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """pixel_values (B, 3, H, W) -> the two reference arguments of the model's forward, (B, E) and (K, E)."""
-        _, tokens = self.vision_tower(pixel_values, with_pyramid=False)
-        return {"reference_image_embedding": tokens[:, 0], "reference_text_embedding": self.text}
+        with torch.inference_mode():
+            _, tokens = self.vision_tower(pixel_values, with_pyramid=False)
+        # A copy outside of inference mode, which the loss may keep for its backward pass.
+        return {"reference_image_embedding": tokens[:, 0].clone(), "reference_text_embedding": self.text}

@@ -1,6 +1,8 @@
 """What a person reads after a run: predictions drawn beside the truth, and the model card."""
 
 import argparse
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +10,9 @@ import transformers
 from PIL import Image, ImageDraw, ImageFont
 
 from tqdm_seg.configuration_tqdm import PRESETS
-from tqdm_seg.data_tqdm import Frame, FrameDataset, PlainRows
+from tqdm_seg.data_tqdm import Frame, FrameDataset, PlainRows, frame_loader
+from tqdm_seg.evaluate_tqdm import predict_frame
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
 from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -20,9 +24,7 @@ _GAP, _TITLE = 12, 30
 
 def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int, str]) -> Image.Image:
     """Image, truth and prediction (h, w) side by side, with the frame's mIoU and a legend. Ignored pixels stay bare."""
-    matrix = confusion_matrix(
-        torch.from_numpy(prediction), torch.tensor(frame.labels), len(class_names), IGNORE_INDEX
-    )
+    matrix = confusion_matrix(torch.from_numpy(prediction), torch.tensor(frame.labels), len(class_names), IGNORE_INDEX)
     score = _percent(scores(matrix, list(class_names.values()))["miou"])
     titles = [frame.key, "truth", f"prediction, mIoU {score} % of this frame"]
     height, width = frame.labels.shape
@@ -40,6 +42,20 @@ def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int,
         canvas.paste(panel, (left, _TITLE))
     canvas.paste(names, (0, _TITLE + size[1]))
     return canvas
+
+
+def draw_frames(
+    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frames: FrameDataset | PlainRows, count: int,
+    total: int,
+) -> Iterator[tuple[str, Image.Image]]:  # fmt: skip
+    """Name and drawing of `count` of the `total` frames, evenly spread."""
+    chosen = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
+    model.eval()
+    for index, frame in enumerate(frame_loader(frames, 0)):
+        if index in chosen:
+            prediction, _ = predict_frame(model, processor, frame)
+            name = f"{index:04d}_{Path(frame.key).stem}"
+            yield name, draw_comparison(frame, prediction.cpu().numpy(), model.config.id2label)
 
 
 def model_card(
@@ -121,7 +137,7 @@ Label map `{protocol["labels"]["name"]}`: {protocol["labels"]["policy"]}.
 ## Recipe
 
 From {start}: {args.steps} steps of {args.batch_size} x {args.accumulation} images per process, crop {args.crop}. AdamW,
-peak rate {args.lr:g} (vision tower x {args.backbone_lr_mult:g}), {args.warmup_steps} steps of warm-up, polynomial decay
+peak rate {args.lr:g} (vision tower x {args.vision_lr_mult:g}), {args.warmup_steps} steps of warm-up, polynomial decay
 to {args.min_lr:g}, weight decay {args.weight_decay:g}, seed {args.seed}. Random scale 0.5 to 2, crop, flip and colours.
 torch {torch.__version__}, transformers {transformers.__version__}. All options are in `args.json` of the run.
 

@@ -36,6 +36,8 @@ setup(
         "evaluate>=0.4.6",
         "opencv-python-headless>=5.0",  # older ones round warps to 1/32 of a pixel
         "pillow>=11",
+        "peft>=0.17",
+        "tensorboard>=2.15",
         "tqdm>=4.66",
     ],
     extras_require={"test": ["av>=15", "pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=15"]},

@@ -145,8 +145,12 @@ class TextualQueries(nn.Module):
         self.config = config
         self.text_tower = TqdmTextModel._from_config(config.text_config)
         width, embedding = config.text_config.hidden_size, config.text_config.projection_dim
-        # A module, so that its rows can be asked for outside of this module's own forward wherever they lie.
-        self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
+        # A module, so that its rows can be asked for outside of this module's own forward wherever they lie: the
+        # learned prompt, or in the ablation without class texts a learned vector for every class.
+        if config.queries == "textual":
+            self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
+        else:
+            self.prompt = nn.Embedding(config.num_labels, embedding)
         self.context_decoder = ContextDecoder(config)
         self.gamma = nn.Parameter(torch.empty(embedding))
         self.set_texts()
@@ -188,8 +192,8 @@ class TextualQueries(nn.Module):
 
     def encode(self) -> Tensor:
         """Embeddings (K, E) of the prompted class names, before any image is seen."""
-        rows = torch.arange(self.prompt.num_embeddings, device=self.class_ids.device)
-        return self.text_tower(self.class_ids, self.prompt(rows))
+        rows = self.prompt(torch.arange(self.prompt.num_embeddings, device=self.class_ids.device))
+        return self.text_tower(self.class_ids, rows) if self.config.queries == "textual" else rows
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:

@@ -5,19 +5,21 @@
 Without --data it makes 64 frames of 1914x1052, GTA5's size, out of the comma10k frames in examples/: enlarged, shifted
 and with sensor noise, about 2.5 MB a picture like GTA5's. Both sides are the same DataLoader over the same frames in
 the same order, in alternating runs; bare decoding reads a frame's bytes and decodes picture and label with Pillow, as
-the loader does, which then also scales, crops, distorts, normalises, collates and hands the batch over. Speeds are per
-second of processor time of all processes together, so that other work on the machine matters little.
+`datasets` does, or with OpenCV, as the loader does, which then also scales, crops, distorts, collates and hands over.
+Speeds are per second of processor time of all processes together, so that other work on the machine matters little.
 """
 
 import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "dataset_scripts"))
 
+import cv2
 import numpy as np
 import psutil
 import torch
@@ -31,6 +33,7 @@ from tqdm_seg.data_tqdm import (
     RareClassSampling,
     TrainPlan,
     TrainSamples,
+    decode,
     planned_batches,
     train_loader,
 )
@@ -63,15 +66,25 @@ def make_frames(folder: Path, count: int) -> str:
     return str(folder / "shards")
 
 
+def by_pillow(image: bytes, label: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and label."""
+    return np.asarray(Image.open(BytesIO(image))), np.asarray(Image.open(BytesIO(label)))
+
+
+def by_opencv(image: bytes, label: bytes) -> tuple[np.ndarray, np.ndarray]:
+    """Picture and label."""
+    return decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
+
+
 class BareDecode(Dataset):
     """Bytes to arrays and nothing else."""
 
-    def __init__(self, frames: FrameDataset):
-        self.frames = frames
+    def __init__(self, frames: FrameDataset, decoder: Callable[[bytes, bytes], tuple[np.ndarray, np.ndarray]]):
+        self.frames, self.decoder = frames, decoder
 
     def __getitem__(self, draw: np.void) -> int:
-        image, label = read_frame(self.frames.index, int(draw["frame"]))
-        return np.asarray(Image.open(BytesIO(image))).size + np.asarray(Image.open(BytesIO(label))).size
+        image, label = self.decoder(*read_frame(self.frames.index, int(draw["frame"])))
+        return image.size + label.size
 
 
 def batches_of(frames: FrameDataset, samples: int, batch_size: int) -> list[np.ndarray]:
@@ -125,15 +138,21 @@ def main() -> None:
         def loader(batches: list[np.ndarray]) -> DataLoader:
             return train_loader(samples, batches, len(frames.classes), args.workers)
 
-        bare = DataLoader(BareDecode(frames), batch_sampler=order, num_workers=args.workers)
-        rates = {"bare decode": [], "training loader": []}
+        loaders = {
+            name: DataLoader(BareDecode(frames, decoder), batch_sampler=order, num_workers=args.workers)
+            for name, decoder in (("decoding by Pillow", by_pillow), ("decoding by OpenCV", by_opencv))
+        } | {"training loader": loader(order)}
+        rates = {name: [] for name in loaders}
         for _ in range(args.rounds):
-            rates["bare decode"].append(rate(bare, args.workers, batch_size))
-            rates["training loader"].append(rate(loader(order), args.workers, batch_size))
+            for name, values in rates.items():
+                values.append(rate(loaders[name], args.workers, batch_size))
         for name, values in rates.items():
             print(f"{name}: {statistics.median(values):.1f} samples per second and core ({args.workers} workers)")
-        ratios = [ours / bare for bare, ours in zip(*rates.values(), strict=True)]
-        print(f"ratio: median {statistics.median(ratios):.3f}, {min(ratios):.3f} to {max(ratios):.3f} of {args.rounds}")
+        *bare, ours = rates.items()
+        for name, values in bare:
+            ratios = [mine / theirs for mine, theirs in zip(ours[1], values, strict=True)]
+            spread = f"{min(ratios):.3f} to {max(ratios):.3f} of {args.rounds}"
+            print(f"training loader / {name}: median {statistics.median(ratios):.3f}, {spread}")
 
         marks = {args.memory * quarter // (4 * batch_size) for quarter in (1, 2, 3, 4)}
         for number, _ in enumerate(loader(batches_of(frames, args.memory, batch_size)), 1):

@@ -6,6 +6,7 @@ import threading
 import time
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -22,8 +23,10 @@ from tqdm_seg.data_tqdm import (
     TrainPlan,
     TrainSamples,
     collate,
-    decode_frame,
+    decode,
+    decode_carefully,
     frame_loader,
+    model_inputs,
     plain_batches,
     planned_batches,
     train_loader,
@@ -55,7 +58,7 @@ def plan_of(frames: FrameDataset, seed: int = 0) -> TrainPlan:
 
 
 def same(one: dict, other: dict) -> bool:
-    names = ("pixel_values", "labels", "mask_index")
+    names = ("image", "labels", "size", "mask_index")
     return one["key"] == other["key"] and all(torch.equal(one[name], other[name]) for name in names if name in one)
 
 
@@ -81,18 +84,25 @@ def test_the_example_is_one_drive_in_two_parts():
             assert frames[i].image.shape == (224, 224, 3) and set(np.unique(frames[i].labels)) == {0, 1}
 
 
-def test_pictures_are_turned_by_exif_grey_ones_coloured_and_broken_ones_named(tmp_path):
+def test_both_decoders_agree_on_every_kind_of_picture(tmp_path):
+    colours = np.random.default_rng(0).integers(0, 256, (8, 16, 3), dtype=np.uint8)
     exif = PILImage.Exif()
     exif[0x0112] = 6
-    path = photo(tmp_path / "a.jpg", 8, 16, exif=exif)
-    frame = decode_frame("a.jpg", "", path.read_bytes(), np.zeros((16, 8), np.uint8))
-    assert frame.image.shape == (16, 8, 3)
-    grey = save(tmp_path / "grey.png", np.full((4, 4), 7)).read_bytes()
-    assert (decode_frame("b", "", grey, np.zeros((4, 4), np.uint8)).image == 7).all()
-    with pytest.raises(ValueError, match="picture b cannot be decoded"):
-        decode_frame("b", "", grey[: len(grey) // 2], np.zeros((4, 4), np.uint8))
-    with pytest.raises(ValueError, match=r"label of b is 5x4, its picture 4x4 \(width x height\)"):
-        decode_frame("b", "", grey, np.zeros((4, 5), np.uint8))
+    exif[0x0131] = "a camera"
+    files = {
+        "rgb.png": {}, "quality.jpg": {"quality": 60}, "turned.jpg": {"exif": exif}, "turned.png": {"exif": exif}
+    }  # fmt: skip
+    for name, options in files.items():
+        content = save(tmp_path / name, colours, **options).read_bytes()
+        one, other = decode(content, cv2.IMREAD_COLOR_RGB), decode_carefully(content)
+        assert one.shape == ((16, 8, 3) if "turned" in name else (8, 16, 3))
+        assert np.array_equal(one, other), name
+    assert np.array_equal(decode((tmp_path / "rgb.png").read_bytes(), cv2.IMREAD_COLOR_RGB), colours)
+    grey = save(tmp_path / "grey.png", colours[..., 0]).read_bytes()
+    assert np.array_equal(decode(grey, cv2.IMREAD_UNCHANGED), colours[..., 0])
+    assert np.array_equal(decode_carefully(grey), colours[..., :1].repeat(3, -1))
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode_carefully(grey[: len(grey) // 2])
 
 
 def test_evaluation_frames_are_divided_without_loss_or_repeat(folder):
@@ -201,12 +211,12 @@ def test_two_processes_make_the_batch_of_one(samples):
         next(iter(train_loader(samples, planned_batches(plan, 5, 6, 2, process=p, processes=2), 2, 0))) for p in (0, 1)
     ]
     assert whole["key"] == halves[0]["key"] + halves[1]["key"]
-    assert torch.equal(whole["pixel_values"], torch.cat([half["pixel_values"] for half in halves]))
+    assert torch.equal(whole["image"], torch.cat([half["image"] for half in halves]))
 
 
 def test_samples_of_other_seeds_and_numbers_differ(samples):
     plan = plan_of(samples.frames)
-    images = [samples[draw]["pixel_values"] for draw in (*plan.draws(0, 3), *plan_of(samples.frames, 1).draws(0, 3))]
+    images = [samples[draw]["image"] for draw in (*plan.draws(0, 3), *plan_of(samples.frames, 1).draws(0, 3))]
     assert not any(torch.equal(images[i], images[j]) for i in range(6) for j in range(i))
 
 
@@ -225,12 +235,14 @@ def test_a_frame_drawn_for_a_class_is_cropped_for_it(samples):
 
 
 def test_collate_keeps_key_and_scene_and_lists_the_masks(samples):
-    parts = [samples[draw] for draw in plan_of(samples.frames).draws(0, 2)]
+    parts = [samples[draw] for draw in plan_of(samples.frames).draws(0, 4)]
     batch = collate(parts, num_classes=2)
-    assert batch["pixel_values"].shape == (2, 3, 32, 32) and batch["labels"].shape == (2, 32, 32)
-    assert batch["scene"] == ["y0613_1242"] * 2 and batch["key"] == [part["key"] for part in parts]
-    assert torch.equal(batch["mask_index"], supervised_masks(batch["labels"], 2, 255))
-    assert batch["mask_index"].device.type == "cpu"
+    assert batch["scene"] == ["y0613_1242"] * 4 and batch["key"] == [part["key"] for part in parts]
+    inputs = model_inputs(batch, torch.device("cpu"))
+    assert inputs["pixel_values"].shape == (4, 3, 32, 32) and inputs["labels"].shape == (4, 32, 32)
+    assert (inputs["pixel_values"].dtype, inputs["labels"].dtype) == (torch.float32, torch.int64)
+    assert torch.equal(inputs["mask_index"], supervised_masks(inputs["labels"], 2, 255))
+    assert batch["labelled"] == (inputs["labels"] != 255).sum()
 
 
 # -- remote ---------------------------------------------------------------------------------------------
@@ -369,7 +381,11 @@ def test_plain_data_with_wrong_columns_ids_or_files_is_named(plain, tmp_path):
         next(plain_of(plain, classes=("a", "b")).frames())
     row = next(plain_of(plain).rows())
     row["photo"]["bytes"] = row["photo"]["bytes"][:100]
-    with pytest.raises(ValueError, match="picture 0_0.png cannot be decoded"):
+    with pytest.raises(ValueError, match="picture of 0_0.png in .* cannot be decoded"):
+        plain_of(plain).frame(row, 0)
+    row = next(plain_of(plain).rows())
+    row["photo"]["bytes"] = photo(tmp_path / "other.png", 40, 40).read_bytes()
+    with pytest.raises(ValueError, match=r"label of 0_0.png in .* is 48x40, its picture 40x40 \(width x height\)"):
         plain_of(plain).frame(row, 0)
 
 

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from tqdm_seg.loss_tqdm import (
-    average_num_masks,
     check_labels,
     choose_points,
     class_loss,
+    count_losses,
     dice_loss,
     mask_loss,
     sample_labels,
@@ -66,7 +66,10 @@ def test_class_loss_is_the_weighted_mean_written_out():
                 w, target = (1.0, query) if present else (0.1, 4)
                 total += w * -logits[image, layer, query].log_softmax(-1)[target].item()
                 weight += w
-        assert class_loss(logits, index, 0.1)[layer].item() == pytest.approx(total / weight, rel=1e-5)
+        counts = count_losses(index, torch.full((2, 4, 4), 255), 4, 0.1, "all", 255)
+        assert (counts.masks, counts.labelled) == (3, 32) and counts.class_weight.item() == pytest.approx(weight)
+        loss = class_loss(logits, index, 0.1, counts.class_weight)[layer]
+        assert loss.item() == pytest.approx(total / weight, rel=1e-5)
 
 
 def test_mask_and_dice_loss_written_out():
@@ -85,8 +88,7 @@ def test_no_masks_at_all_is_zero_on_the_graph():
     logits = torch.randn(2, 0, 8, 8, requires_grad=True)
     points = choose_points(logits, torch.ones(2), 20, 3.0, 0.75)
     sampled = sample_logits(logits, points)
-    num = average_num_masks(torch.zeros(0, 2))
-    assert num == 1
+    num = count_losses(torch.zeros(0, 2), torch.full((1, 4, 4), 255), 3, 0.1, "all", 255).masks.clamp(min=1)
     loss = mask_loss(sampled, torch.zeros(2, 0, 20), num).sum() + dice_loss(sampled, torch.zeros(2, 0, 20), num).sum()
     assert loss == 0
     loss.backward()
@@ -104,8 +106,10 @@ def test_textual_loss_has_the_published_floor():
 def test_score_map_loss_of_only_ignored_pixels_is_zero():
     score_map = torch.rand(1, 3, 2, 2, requires_grad=True)
     labels = torch.full((1, 8, 8), 255)
-    for over in ("labelled", "all"):
-        assert score_map_loss(score_map, labels, (8, 8), 0.07, over, 255) == 0
+    for over, pixels in (("labelled", 0), ("all", 64)):
+        counts = count_losses(torch.zeros(0, 2), labels, 3, 0.1, over, 255)
+        assert counts.labelled == pixels
+        assert score_map_loss(score_map, labels, (8, 8), 0.07, 255, counts.labelled.clamp(min=1)) == 0
 
 
 @pytest.mark.parametrize(
