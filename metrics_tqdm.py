@@ -4,8 +4,14 @@ Counts are summed over all frames first and ratios taken last, so a score never 
 processes or order of the frames. All scores take the matrix of `confusion_matrix`, or a sum of several.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
+
+BYTES = 256  # values that a label picture can hold
+CHUNK = 2**18  # pixels that are counted at once: what is computed of them stays in the processor's cache
 
 
 def confusion_matrix(prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
@@ -21,27 +27,49 @@ def confusion_matrix(prediction: Tensor, truth: Tensor, num_classes: int, ignore
             f"prediction {tuple(prediction.shape)} and truth {tuple(truth.shape)} differ in size; resize the scores "
             "to the truth before taking the class"
         )
-    # int64 before anything else: uint8 arithmetic would wrap around.
-    prediction, truth = prediction.flatten().long(), truth.flatten().long()
-    for name, values in (("prediction", prediction), ("truth", truth)):
-        strange = values[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
-        if len(strange):
-            raise ValueError(
-                f"{name} holds the value {int(strange[0])}, which is no class of 0 ... {num_classes - 1} and not the "
-                f"ignored {ignore_index}; map the labels to class ids first"
-            )
-    labelled = truth != ignore_index
-    prediction, truth = prediction[labelled], truth[labelled]
-    prediction = torch.where(prediction == ignore_index, num_classes, prediction)
-    cells = truth * (num_classes + 1) + prediction
-    # bincount counts in int64; histc would count in float32 and lose pixels beyond 16.7 million per class.
-    return torch.bincount(cells, minlength=num_classes * (num_classes + 1)).view(num_classes, num_classes + 1)
+    prediction, truth = prediction.flatten(), truth.flatten()
+    pairs = None
+    if num_classes <= BYTES and 0 <= ignore_index < BYTES:
+        pairs = _pair_counts(truth, prediction, BYTES)
+    if pairs is None:  # other ids than bytes: the ignored one, which can be anything, becomes K
+        _refuse_strange(prediction, truth, num_classes, ignore_index)
+        truth, prediction = (torch.where(x.long() == ignore_index, num_classes, x.long()) for x in (truth, prediction))
+        ignore_index = num_classes
+        pairs = _pair_counts(truth, prediction, num_classes + 1)
+    # Every pair of values has a bin, impossible ones too: to look through the bins costs less than through the pixels.
+    known = torch.tensor(sorted({*range(num_classes), ignore_index}), device=pairs.device)
+    if pairs[known][:, known].sum() != truth.numel():
+        _refuse_strange(prediction, truth, num_classes, ignore_index)
+    pairs[ignore_index] = 0
+    matrix = torch.cat([pairs[:num_classes, :num_classes], pairs[:num_classes, ignore_index, None]], 1)
+    if ignore_index < num_classes:
+        matrix[:, ignore_index] = 0  # they are in the last column
+    return matrix
+
+
+def group_sums(counts: np.ndarray, groups: Sequence[str]) -> dict[str, np.ndarray]:
+    """Counts (R, ...) int64 summed over the rows of each group (scene, weather, ...), in the order of their names.
+
+    groups: R names. Sums are exact; no rows give no groups.
+    """
+    if not len(counts):
+        return {}
+    names, index = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
+    order = np.argsort(index, kind="stable")
+    starts = np.searchsorted(index[order], np.arange(len(names)))
+    return dict(zip(names.tolist(), np.add.reduceat(counts[order], starts), strict=True))
 
 
 def class_iou(matrix: Tensor) -> Tensor:
-    """IoU per class (K,) float64: hits / (truth + predicted - hits); NaN where a class is in neither."""
+    """IoU per class (..., K) float64: hits / (truth + predicted - hits); NaN where a class is in neither."""
     hits, truth, predicted = _totals(matrix)
     return hits.double() / (truth + predicted - hits)
+
+
+def class_accuracy(matrix: Tensor) -> Tensor:
+    """Share of each class's true pixels that got it (recall), (..., K) float64; NaN where the truth has none."""
+    hits, truth, _ = _totals(matrix)
+    return hits.double() / truth
 
 
 def mean_iou(matrix: Tensor) -> float:
@@ -80,7 +108,8 @@ def scores(matrix: Tensor, class_names: list[str]) -> dict[str, object]:
     """Every score of the whole set, ready for JSON: undefined ones are None. Two classes: those of class 1 as well."""
     result: dict[str, object] = {
         "miou": _or_none(mean_iou(matrix)),
-        "iou": {name: _or_none(iou) for name, iou in zip(class_names, class_iou(matrix).tolist(), strict=True)},
+        "iou": _by_name(class_names, class_iou(matrix)),
+        "accuracy": _by_name(class_names, class_accuracy(matrix)),
         "pixel_accuracy": _or_none(pixel_accuracy(matrix)),
         "frequency_weighted_iou": _or_none(frequency_weighted_iou(matrix)),
     }
@@ -91,8 +120,44 @@ def scores(matrix: Tensor, class_names: list[str]) -> dict[str, object]:
 
 
 def _totals(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hits, true pixels and predicted pixels of every class, each (K,) int64."""
-    return matrix.diagonal(), matrix.sum(1), matrix.sum(0)[:-1]
+    """Hits, true pixels and predicted pixels of every class, each (..., K) int64."""
+    return matrix.diagonal(dim1=-2, dim2=-1), matrix.sum(-1), matrix.sum(-2)[..., :-1]
+
+
+def _pair_counts(rows: Tensor, columns: Tensor, side: int) -> Tensor | None:
+    """How often each pair of values of rows, columns (P,) occurs, (side, side) int64; None unless all are < side."""
+    pairs = torch.zeros(side * side, dtype=torch.int64, device=rows.device)
+    for parts in zip(rows.split(CHUNK), columns.split(CHUNK), strict=True):
+        if not all(_below(values, side) for values in parts):
+            return None
+        # int32 before any arithmetic: uint8 would wrap around.
+        cells = parts[0].to(torch.int32, copy=True).mul_(side).add_(parts[1].int())
+        # bincount counts in int64; histc would count in float32 and lose pixels beyond 16.7 million per class.
+        pairs += torch.bincount(cells, minlength=side * side)
+    return pairs.view(side, side)
+
+
+def _below(values: Tensor, side: int) -> bool:
+    """Whether all values are 0 ... side-1."""
+    if values.dtype == torch.uint8 and side >= BYTES or not len(values):
+        return True
+    low, high = values.long().aminmax()
+    return bool(low >= 0 and high < side)
+
+
+def _refuse_strange(prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises ValueError for the first value that is neither a class nor `ignore_index`, if there is one."""
+    for name, values in (("prediction", prediction.long()), ("truth", truth.long())):
+        strange = values[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
+        if len(strange):
+            raise ValueError(
+                f"{name} holds the value {int(strange[0])}, which is no class of 0 ... {num_classes - 1} and not the "
+                f"ignored {ignore_index}; map the labels to class ids first"
+            )
+
+
+def _by_name(class_names: list[str], values: Tensor) -> dict[str, float | None]:
+    return {name: _or_none(value) for name, value in zip(class_names, values.tolist(), strict=True)}
 
 
 def _or_none(value: float) -> float | None:

@@ -40,5 +40,9 @@ setup(
         "tensorboard>=2.15",
         "tqdm>=4.66",
     ],
-    extras_require={"test": ["av>=15", "pytest>=8", "ruff>=0.12"], "xformers": ["xformers"], "video": ["av>=15"]},
+    extras_require={
+        "test": ["av>=15", "cityscapesScripts>=2.2", "pytest>=8", "ruff>=0.12", "torchmetrics>=1.4"],
+        "xformers": ["xformers"],
+        "video": ["av>=15"],
+    },
 )
