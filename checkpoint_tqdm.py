@@ -31,16 +31,13 @@ _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimiser state by parameter name; every process must call it, the first one gets the tensors."""
+    """Weights and optimiser state by parameter name; every process must call it, others than the first get nothing."""
+    weights = get_model_state_dict(model, options=_WHOLE)
     state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
-    moments = {
-        f"{name}|{kind}": value for name, values in state["state"].items() for kind, value in values.items()
-    }  # fmt: skip
-    return {
-        "weights": get_model_state_dict(model, options=_WHOLE),
-        "moments": moments,
-        "groups": [{**group, "params": list(group["params"])} for group in state["param_groups"]],
-    }
+    if not weights:
+        return {}
+    moments = {f"{name}|{kind}": value for name, values in state["state"].items() for kind, value in values.items()}
+    return {"weights": weights, "moments": moments, "groups": state["param_groups"]}
 
 
 def write_checkpoint(

@@ -4,11 +4,11 @@ Letters: B batch, C channels, H, W map.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from tqdm_seg.loss_tqdm import LossCounts
 
@@ -85,6 +85,22 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """Sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor) -> Tensor:
+        """x, the same shape everywhere."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        """gradient of the sum."""
+        return SumOverProcesses.forward(context, gradient)
+
+
 class ProcessBatchNorm(nn.BatchNorm2d):
     """BatchNorm whose batch is that of all processes, on any device (torch's SyncBatchNorm runs on GPUs alone).
 
@@ -98,9 +114,9 @@ class ProcessBatchNorm(nn.BatchNorm2d):
         values = x.float()
         world = dist.get_world_size()
         # Two reductions instead of E(x^2) - E(x)^2, which loses digits where the mean is large.
-        mean = all_reduce(values.mean((0, 2, 3))) / world  # (C,)
+        mean = SumOverProcesses.apply(values.mean((0, 2, 3))) / world  # (C,)
         centred = values - mean[:, None, None]
-        variance = all_reduce(centred.square().mean((0, 2, 3))) / world
+        variance = SumOverProcesses.apply(centred.square().mean((0, 2, 3))) / world
         with torch.no_grad():
             count = x.numel() / x.shape[1] * world
             self.num_batches_tracked += 1

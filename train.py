@@ -28,7 +28,6 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
 
-from tqdm_seg.adapters_tqdm import add_adapters, without_adapters
 from tqdm_seg.augment_tqdm import TrainTransform
 from tqdm_seg.checkpoint_tqdm import checkpoints, load_checkpoint, training_state, write_checkpoint
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
@@ -138,6 +137,8 @@ def choose_trained(net: TqdmForSemanticSegmentation, vision: str, lora_rank: int
         return
     tower = net.model.vision_tower
     if vision == "lora":
+        from tqdm_seg.adapters_tqdm import add_adapters  # not above: peft takes seconds to import
+
         add_adapters(tower, lora_rank)
     else:
         tower.requires_grad_(False)
@@ -231,7 +232,12 @@ class Reporter:
         """Model folder with its card and results.json."""
         card = model_card(self.args, self.net, results, self.training, self.validation)
         files = {"README.md": card, "results.json": json.dumps(results, indent=2) + "\n"}
-        save_model_folder(without_adapters(self.net), self.processor, folder, files)
+        net = self.net
+        if self.args.vision == "lora":
+            from tqdm_seg.adapters_tqdm import without_adapters
+
+            net = without_adapters(net)
+        save_model_folder(net, self.processor, folder, files)
 
     def evaluate(self, step: int) -> None:
         """In the middle of a run: logs the score, shows some frames, keeps the model if it is the best so far."""

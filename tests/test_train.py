@@ -1,6 +1,7 @@
 """The training program on a very small model and 40-pixel images: recipe, exact resume, outputs, clear errors."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,14 @@ from shard_helpers import program as prepare
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
+from tqdm_seg import checkpoint_tqdm
 from tqdm_seg.data_tqdm import FrameDataset, TrainSamples, frame_loader
 from tqdm_seg.evaluate_tqdm import evaluate, predict_frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.metrics_tqdm import confusion_matrix, mean_iou
-from tqdm_seg.train import RecentLosses, learning_rate, main, make_scheduler, parameter_groups, parse_args
+from tqdm_seg.optimisation_tqdm import learning_rate
+from tqdm_seg.run_tqdm import RecentLosses
+from tqdm_seg.train import main, parse_args
 
 CLASSES = ["non-traversable", "traversable"]
 
@@ -59,64 +63,20 @@ def arguments(start, data):
 
     def make(out: Path, *more: str) -> list[str]:
         fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
-        fixed += " --min-pixels 50"
+        fixed += " --min-pixels 50 --tracker none"
         return [*fixed.split(), "--log-every", "1", "--save-every", "2", "--overlays", "2", "--lr", "1e-3", *more]
 
     return make
 
 
 def log_of(out: Path) -> list[dict]:
-    """The log lines without the speed, which differs from run to run."""
+    """The log lines without speed and memory, which differ from run to run."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "samples_per_second"} for line in lines]
+    varying = ("samples_per_second", "memory_gb", "seconds_left")
+    return [{name: value for name, value in line.items() if name not in varying} for line in lines]
 
 
-# -- recipe ---------------------------------------------------------------------------------------------------------
-
-
-def test_groups_are_those_of_the_published_recipe():
-    model = micro_model("eva02")
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, 1e-2, 0.1)}
-    assert {name: (group["lr"], group["weight_decay"]) for name, group in groups.items()} == {
-        "vision": (1e-4, 1e-2),
-        "norms": (1e-3, 0.0),
-        "rest": (1e-3, 1e-2),
-    }
-    members = {name: {names[parameter] for parameter in group["params"]} for name, group in groups.items()}
-    assert sum(map(len, members.values())) == sum(p.requires_grad for p in model.parameters())
-    assert not any("text_tower" in name for group in members.values() for name in group)
-    assert "model.vision_tower.blocks.0.norm1.weight" in members["vision"]  # the tower's norms have decay
-    assert "model.vision_tower.pyramid.up2.weight" in members["vision"]
-    assert "model.mask_decoder.layers.0.norm1.bias" in members["norms"]
-    assert all(name in members["rest"] for name in names.values() if ".prompt" in name or ".gamma" in name)
-
-
-def test_learning_rate_by_hand():
-    published = {"steps": 20000, "warmup_steps": 1500, "min_lr": 1e-6}
-    expected = {
-        0: 1e-10,  # 1e-4 * 1e-6
-        750: (1e-6 + 9.9e-5 * 0.966186) * 0.5000005,  # 0.9625 ** 0.9 = 0.966186, and half way through the warm-up
-        1500: 1e-6 + 9.9e-5 * 0.932240,  # 0.925 ** 0.9
-        10000: 1e-6 + 9.9e-5 * 0.535887,  # 0.5 ** 0.9
-        20000: 1e-6,
-    }
-    for step, rate in expected.items():
-        assert learning_rate(step, 1e-4, **published) == pytest.approx(rate, rel=2e-6), step
-    # The published vision tower: base and end are the same, so that its rate stands still after the warm-up.
-    assert [learning_rate(step, 1e-6, **published) for step in (1500, 9000, 19999)] == [1e-6] * 3
-    assert learning_rate(0, 1e-3, steps=10, warmup_steps=0, min_lr=0) == 1e-3
-
-
-def test_scheduler_gives_every_group_its_own_curve():
-    weights = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
-    optimizer = torch.optim.AdamW([{"params": [weights[0]], "lr": 1e-2}, {"params": [weights[1]], "lr": 1e-3}])
-    scheduler = make_scheduler(optimizer, steps=5, warmup_steps=2, min_lr=1e-3)
-    for step in range(5):
-        for group, base in zip(optimizer.param_groups, (1e-2, 1e-3), strict=True):
-            assert group["lr"] == pytest.approx(learning_rate(step, base, 5, 2, 1e-3), rel=1e-12)
-        optimizer.step()
-        scheduler.step()
+# -- options --------------------------------------------------------------------------------------------------------
 
 
 def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
@@ -125,7 +85,7 @@ def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
     assert len(FrameDataset(Path(__file__).parents[1] / args.data, args.train_split)) == 56
 
 
-@pytest.mark.parametrize("option", ["--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2"])
+@pytest.mark.parametrize("option", ["--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1"])
 def test_impossible_numbers_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         parse_args(option.split())
@@ -140,8 +100,16 @@ def finished(start, data, tmp_path_factory):
     """Folder and results of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
-    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3 --min-pixels 50"
+    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3 --min-pixels 50 --tracker none"
     return out, main([*fixed.split(), *more.split()])
+
+
+def same_checkpoints(one: Path, other: Path, step: int) -> bool:
+    """Whether all files of two runs' checkpoints of a step are the same to the byte."""
+    names = sorted(path.name for path in (one / "checkpoints" / f"step_{step:07d}").iterdir())
+    assert {"weights.safetensors", "optimizer.safetensors", "state.json"} <= set(names)
+    paths = [[out / "checkpoints" / f"step_{step:07d}" / name for out in (one, other)] for name in names]
+    return all(first.read_bytes() == second.read_bytes() for first, second in paths)
 
 
 @pytest.mark.parametrize("interrupted_at", [3, 5])
@@ -166,13 +134,7 @@ def test_resumed_run_ends_with_the_very_same_weights(finished, arguments, tmp_pa
     assert results == expected and log_of(tmp_path / "run") == log_of(whole)
     one, other = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "run", whole))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    one, other = (
-        torch.load(out / "checkpoints" / "step_0000006" / "training_state.pt", weights_only=True)
-        for out in (tmp_path / "run", whole)
-    )
-    assert one["scheduler"] == other["scheduler"]
-    for key, moments in one["optimizer"]["state"].items():
-        assert all(torch.equal(moments[name], other["optimizer"]["state"][key][name]) for name in moments)
+    assert same_checkpoints(tmp_path / "run", whole, 6)
 
 
 def test_training_changes_what_it_should_and_nothing_else(finished, start):
@@ -186,33 +148,48 @@ def test_training_changes_what_it_should_and_nothing_else(finished, start):
 def test_accumulated_batches_are_one_step(arguments, tmp_path):
     main(arguments(tmp_path / "run", "--accumulation", "2", "--steps", "2"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
-    state = torch.load(tmp_path / "run" / "checkpoints" / "step_0000002" / "training_state.pt", weights_only=True)[
-        "optimizer"
-    ]["state"]
-    assert {int(moments["step"]) for moments in state.values()} == {2}
+    moments = load_file(tmp_path / "run" / "checkpoints" / "step_0000002" / "optimizer.safetensors")
+    assert {int(value) for name, value in moments.items() if name.endswith("|step")} == {2}
 
 
 def test_only_the_newest_checkpoints_stay(finished):
     assert sorted(path.name for path in (finished[0] / "checkpoints").iterdir()) == ["step_0000004", "step_0000006"]
 
 
-def test_checkpoint_is_whole_or_absent(arguments, tmp_path, monkeypatch):
-    original, calls = torch.save, []
+def test_a_full_disk_leaves_the_last_checkpoint(arguments, tmp_path, monkeypatch):
+    original, calls = checkpoint_tqdm.save_file, []
 
-    def fail_at_second(content, path):
+    def fail_at_second(tensors, path):
         calls.append(path)
-        if len(calls) == 2:
+        if len(calls) == 3:  # two files a checkpoint
             path.write_bytes(b"half")
-            raise OSError("disk full")
-        original(content, path)
+            raise OSError("No space left on device")
+        original(tensors, path)
 
-    monkeypatch.setattr(torch, "save", fail_at_second)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(checkpoint_tqdm, "save_file", fail_at_second)
+    with pytest.raises(OSError, match="No space left"):
         main(arguments(tmp_path / "run"))
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_0000002"]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000002"]
     monkeypatch.undo()
     main(arguments(tmp_path / "run", "--resume"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resuming_with_other_options_or_another_model_is_refused(finished, arguments, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    with pytest.raises(ValueError, match="begun otherwise .lr was 0.001, now 0.002.; repeat its options"):
+        main(arguments(tmp_path / "run", "--resume", "--lr", "2e-3"))
+    facts = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(facts | {"model": "tiny"}))
+    with pytest.raises(ValueError, match=r"is the checkpoint of another model: \d+ weights differ, the first is model"):
+        main(arguments(tmp_path / "run", "--resume", "--model", "tiny"))
+
+
+def test_the_best_model_is_kept_and_loads(finished):
+    best = finished[0] / "best"
+    results = json.loads((best / "results.json").read_text())
+    assert results["step"] == 3 and results["miou"] == log_of(finished[0])[3]["miou"]
+    assert AutoModelForSemanticSegmentation.from_pretrained(best, trust_remote_code=True).config.num_labels == 2
 
 
 def test_log_has_every_loss_rates_and_evaluations(finished):
@@ -234,7 +211,7 @@ def test_model_folder_loads_as_remote_code_and_scores_as_reported(finished, data
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     processor = AutoImageProcessor.from_pretrained(out / "model", trust_remote_code=True)
     model = AutoModelForSemanticSegmentation.from_pretrained(out / "model", trust_remote_code=True)
-    trained = load_file(out / "checkpoints" / "step_0000006" / "model" / "model.safetensors")
+    trained = load_file(out / "checkpoints" / "step_0000006" / "weights.safetensors")
     assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
     matrix = 0
     for frame in frame_loader(FrameDataset(str(data), "validation"), 0):
@@ -296,30 +273,32 @@ def test_missing_data_and_model_are_named_before_anything_is_written(arguments, 
 
 
 def test_non_finite_loss_names_the_images_and_saves_nothing(arguments, tmp_path, monkeypatch):
-    original, read = TrainSamples.__getitem__, []
+    original, keys = program.model_inputs, []
 
-    def poison(self, draw):
-        sample = original(self, draw)
-        read.append(sample["key"])
-        if len(read) == 6:  # the second image of step 2
-            sample["pixel_values"][0, 0, 0] = float("nan")
-        return sample
+    def poison(batch, device):
+        inputs = original(batch, device)
+        keys.append(batch["key"])
+        if len(keys) == 3:
+            inputs["pixel_values"][1, 0, 0] = float("nan")
+        return inputs
 
-    monkeypatch.setattr(TrainSamples, "__getitem__", poison)
+    monkeypatch.setattr(program, "model_inputs", poison)
     with pytest.raises(
         FloatingPointError, match=r"not finite at step 2, images training/x_training/image_data/\d\.png"
     ):
         main(arguments(tmp_path / "run", "--log-every", "10", "--save-every", "4"))
     assert not (tmp_path / "run" / "checkpoints").exists()
+    report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
+    assert report["step"] == 2 and report["images"] == keys[2] and report["losses"]["loss_class"] == "nan"
 
 
-def test_non_finite_loss_is_traced_to_the_first_bad_batch():
+def test_non_finite_loss_is_traced_to_the_first_bad_batch(tmp_path):
     recent = RecentLosses()
     recent.add(7, ["good"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.0)})
     recent.add(8, ["bad", "worse"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(float("inf"))})
     recent.add(9, ["after"], {"loss_a": torch.tensor(float("nan")), "loss_b": torch.tensor(float("nan"))})
-    with pytest.raises(FloatingPointError, match="^loss_b not finite at step 8, images bad, worse;"):
-        recent.means(program.Accelerator())
+    with pytest.raises(FloatingPointError, match="^loss_b not finite at step 8, images bad, worse .see"):
+        recent.means(program.Accelerator(), tmp_path)
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""Training in real processes: two make the step of one, and nothing is lost to SIGKILL and SIGTERM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import micro_model
+from safetensors.torch import load_file
+from shard_helpers import orfd, program
+
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.publish_tqdm import save_model_folder
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+@pytest.fixture(scope="module")
+def fixed(tmp_path_factory) -> list[str]:
+    """Options of a run of four steps of four images, with a start model in which nothing is random."""
+    folder = tmp_path_factory.mktemp("processes")
+    classes = {0: "non-traversable", 1: "traversable"}
+    save_model_folder(micro_model(id2label=classes, num_points=36), TqdmImageProcessor(), folder / "start")
+    orfd(folder / "raw", 6, size=40)
+    orfd(folder / "raw", 3, scene="y0613_1304", split="validation", size=40)
+    program("prepare_orfd").main([str(folder / "raw"), str(folder / "data"), "--workers", "1"])
+    options = f"""--model {folder / "start"} --data {folder / "data"} --steps 4 --crop 32 --min-pixels 50 --lr 1e-3
+        --warmup-steps 2 --overlays 0 --tracker none --log-every 1 --save-every 2"""
+    return options.split()
+
+
+def start(command: list[str], **options) -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "WORLD_SIZE")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def finish(command: list[str]) -> str:
+    process = start(command)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(out: Path, step: int = 4) -> dict[str, torch.Tensor]:
+    return load_file(out / "checkpoints" / f"step_{step:07d}" / "weights.safetensors")
+
+
+def losses(out: Path) -> list[float]:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def one(fixed, tmp_path_factory) -> Path:
+    """The run folder of one process with batches of four."""
+    out = tmp_path_factory.mktemp("one") / "run"
+    output = finish([sys.executable, HERE / "train_without_chance.py", *fixed, "--batch-size", "4", "--out", str(out)])
+    assert "processes: 1, results: True" in output
+    return out
+
+
+@pytest.mark.parametrize("launch", [TORCHRUN, [*ACCELERATE, "--multi_gpu", "--num_processes", "2"]])
+def test_two_processes_make_the_steps_of_one(fixed, one, tmp_path, launch):
+    more = ["--batch-size", "2", "--out", str(tmp_path / "run")]
+    output = finish([*launch, str(HERE / "train_without_chance.py"), *fixed, *more])
+    assert output.count("processes: 2, results: True") == 2
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), rel=1e-5)
+    # Averaged gradients, not weights: Adam moves a weight by its rate even where the gradient is nothing but rounding.
+    first, second = (
+        load_file(out / "checkpoints" / "step_0000004" / "optimizer.safetensors") for out in (one, tmp_path / "run")
+    )
+    moments = [name for name in first if name.endswith("|exp_avg")]
+    assert first.keys() == second.keys() and len(moments) > 100
+    largest = max(first[name].abs().max() for name in moments)
+    assert all((first[name] - second[name]).abs().max() < 1e-5 * largest for name in moments)
+    # Its running mean moves with a bias before it that has no gradient.
+    (variance,) = (name for name in weights(one) if name.endswith("running_var"))
+    torch.testing.assert_close(weights(one)[variance], weights(tmp_path / "run")[variance], rtol=1e-5, atol=1e-6)
+    results = [json.loads((out / "results.json").read_text()) for out in (one, tmp_path / "run")]
+    assert [result["protocol"]["frames"] for result in results] == [3, 3]
+    assert results[0]["iou"] == pytest.approx(results[1]["iou"], abs=0.01)
+
+
+def test_published_loss_counts_depend_on_how_images_are_divided(fixed, one, tmp_path):
+    more = ["--batch-size", "2", "--out", str(tmp_path / "run"), "--loss-counts", "published"]
+    finish([*TORCHRUN, str(HERE / "train_without_chance.py"), *fixed, *more])
+    assert losses(tmp_path / "run") != pytest.approx(losses(one), rel=1e-5)
+
+
+def test_one_process_where_two_were_asked_for_is_an_error(fixed, tmp_path):
+    launch = [*ACCELERATE, "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
+    process = start([*launch, *fixed, "--out", str(tmp_path / "run")])
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "starts a single process whatever --num_processes says" in output
+    assert not (tmp_path / "run").exists()
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+from tqdm_seg import checkpoint_tqdm, train
+original, calls = checkpoint_tqdm.save_file, []
+def save(tensors, path):
+    calls.append(path)
+    if len(calls) == {call}:
+        Path(path).write_bytes(b"half of a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(tensors, path)
+checkpoint_tqdm.save_file = save
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_killed_in_the_middle_of_a_save_it_resumes_to_the_same_bits(fixed, one, tmp_path, call):
+    options = [*fixed, "--batch-size", "4", "--out", str(tmp_path / "run")]
+    process = start([sys.executable, "-c", KILLER.format(call=call), *options])
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == -signal.SIGKILL, output
+    kept = [path.name for path in (tmp_path / "run" / "checkpoints").glob("step_*")]
+    assert kept == ([] if call == 1 else ["step_0000002"])
+    finish([sys.executable, HERE / "train_without_chance.py", *options, "--resume"])
+    # What the killed run kept it had made with random points, so only the run that kept nothing equals `one`.
+    if call == 1:
+        assert all(torch.equal(value, weights(one)[name]) for name, value in weights(tmp_path / "run").items())
+    assert len(losses(tmp_path / "run")) == 4
+
+
+def test_sigterm_saves_and_ends_well_and_the_run_goes_on_to_the_same_bits(fixed, tmp_path):
+    def options(out: Path) -> list[str]:
+        return [str(ROOT / "train.py"), *fixed, "--batch-size", "4", "--steps", "30", "--save-every", "0", "--out", out]
+
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish([sys.executable, *options(str(whole)), "--save-every", "30"])
+    process = start([sys.executable, *options(str(stopped))])
+    while not (stopped / "log.jsonl").is_file() or len(losses(stopped)) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by SIGTERM after step" in output, output
+    (checkpoint,) = (stopped / "checkpoints").iterdir()
+    assert 3 <= int(checkpoint.name[5:]) < 30 and not (stopped / "model").exists()
+    finish([sys.executable, *options(str(stopped)), "--resume", "--save-every", "30"])
+    assert losses(stopped) == losses(whole)
+    assert all(torch.equal(value, weights(whole, 30)[name]) for name, value in weights(stopped, 30).items())
