@@ -1,11 +1,11 @@
-"""What each part of tqdm is worth: one model is trained without each of them, on the same frames and from the same seeds.
+"""What each part of tqdm is worth: models trained without it, on the same frames and from the same seeds.
 
     python ablate.py [--out runs/ablation] [--seeds 0 1 2] [-- OPTIONS OF train.py]
 
-By default on the frames in examples/, from random weights: 56 frames of one off-road drive to train on, 24 later ones of
-the same drive held back, and five dashcam frames of another continent as a domain never seen. Writes a table of mIoU in
-Markdown, per variant the mean over the seeds and its range, to OUT/ablation.md, and all figures to OUT/ablation.json.
-Runs that are finished are kept, so that it goes on where it was stopped.
+By default on the frames in examples/, from random weights: 56 frames of one off-road drive to train on, 24 later ones
+of the same drive held back, and five dashcam frames of another continent as a domain never seen. Writes a table of mIoU
+in Markdown, per variant the mean over the seeds and its range, to OUT/ablation.md, and all figures to
+OUT/ablation.json. Runs that are finished are kept, so that it goes on where it was stopped.
 """
 
 import argparse
