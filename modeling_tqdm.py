@@ -310,9 +310,9 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         if pixel_decoder.text_positions is not None:
             pixel_decoder.text_positions = with_rows(pixel_decoder.text_positions, rows, torch.randn(len(rows), width))
         if self.config.queries == "random":
-            prompt = self.model.text_queries.prompt
-            prompt.weight = with_rows(prompt.weight, rows, torch.randn(len(rows), prompt.embedding_dim))
-            prompt.num_embeddings = len(rows)
+            table = self.model.text_queries.class_vectors
+            table.weight = with_rows(table.weight, rows, torch.randn(len(rows), table.embedding_dim))
+            table.num_embeddings = len(rows)
         mask_decoder.query_positions = with_rows(mask_decoder.query_positions, rows, torch.randn(len(rows), width))
         rows.append(len(before))  # the last row of the class head is no object
         head, fresh = mask_decoder.class_head, nn.Linear(width, len(rows))

@@ -145,12 +145,12 @@ class TextualQueries(nn.Module):
         self.config = config
         self.text_tower = TqdmTextModel._from_config(config.text_config)
         width, embedding = config.text_config.hidden_size, config.text_config.projection_dim
-        # A module, so that its rows can be asked for outside of this module's own forward wherever they lie: the
+        # Modules, so that their rows can be asked for outside of this module's own forward wherever they lie: the
         # learned prompt, or in the ablation without class texts a learned vector for every class.
         if config.queries == "textual":
             self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
         else:
-            self.prompt = nn.Embedding(config.num_labels, embedding)
+            self.class_vectors = nn.Embedding(config.num_labels, embedding)
         self.context_decoder = ContextDecoder(config)
         self.gamma = nn.Parameter(torch.empty(embedding))
         self.set_texts()
@@ -183,7 +183,8 @@ class TextualQueries(nn.Module):
 
         Runs after construction and after loading, where the weights stay, the token ids return and the tower freezes.
         """
-        init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
+        if self.config.queries == "textual":
+            init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
         init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
         init.copy_(self.class_ids, self._table(False))
         init.copy_(self.reference_ids, self._table(True))
@@ -192,7 +193,8 @@ class TextualQueries(nn.Module):
 
     def encode(self) -> Tensor:
         """Embeddings (K, E) of the prompted class names, before any image is seen."""
-        rows = self.prompt(torch.arange(self.prompt.num_embeddings, device=self.class_ids.device))
+        table = self.prompt if self.config.queries == "textual" else self.class_vectors
+        rows = table(torch.arange(table.num_embeddings, device=self.class_ids.device))
         return self.text_tower(self.class_ids, rows) if self.config.queries == "textual" else rows
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import micro_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -254,6 +255,136 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
     assert {name.split(".")[2] for name in reshaped} == {"text_positions", "query_positions", "class_head"}
     kept = "model.vision_tower.patch_embed.weight"
     torch.testing.assert_close(before[kept], after[kept], atol=1e-9, rtol=0)
+
+
+# -- options that change what is trained -------------------------------------------------------------------------------
+
+
+def short(arguments, out: Path, *more: str) -> Path:
+    """A run of two steps; returns its folder."""
+    main(arguments(out, "--steps", "2", "--overlays", "0", *more))
+    return out
+
+
+def changed(one: Path, other: Path) -> set[str]:
+    """Names of the weights in which two model folders differ."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (one, other))
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+@pytest.fixture(scope="module")
+def plain_losses(start, data, tmp_path_factory) -> list[float]:
+    """Losses of a run of two steps without further options."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    fixed = f"--model {start} --data {data} --out {out} --steps 2 --batch-size 2 --crop 32 --warmup-steps 2 --lr 1e-3"
+    more = "--min-pixels 50 --tracker none --log-every 1 --overlays 0"
+    main([*fixed.split(), *more.split()])
+    return [line["loss"] for line in log_of(out)]
+
+
+def test_a_frozen_tower_stays_and_its_pyramid_learns(arguments, start, tmp_path):
+    names = changed(start, short(arguments, tmp_path / "run", "--vision", "frozen") / "model")
+    tower = {name for name in names if "vision_tower" in name}
+    assert tower and all(".pyramid." in name for name in tower) and any("mask_decoder" in name for name in names)
+
+
+def test_adapters_learn_and_are_merged_into_a_plain_model_folder(arguments, start, tmp_path):
+    out = short(arguments, tmp_path / "run", "--vision", "lora", "--lora-rank", "2", "--save-every", "1")
+    names = changed(start, out / "model")
+    tower = {name for name in names if "vision_tower" in name and ".pyramid." not in name}
+    assert tower and all(".blocks." in name and name.endswith("weight") for name in tower)
+    weights = load_file(out / "checkpoints" / "step_0000002" / "weights.safetensors")
+    name = "model.vision_tower.blocks.0.attention.q_proj"
+    low, high = (weights[f"{name}.lora_{part}.default.weight"] for part in "AB")
+    merged = weights[f"{name}.base_layer.weight"] + 2 * high @ low
+    torch.testing.assert_close(load_file(out / "model" / "model.safetensors")[f"{name}.weight"], merged)
+    model = AutoModelForSemanticSegmentation.from_pretrained(out / "model", trust_remote_code=True)
+    assert not any("lora" in name for name in model.state_dict())
+    shutil.rmtree(out / "checkpoints" / "step_0000002")
+    before = (out / "model" / "model.safetensors").read_bytes()
+    short(arguments, out, "--vision", "lora", "--lora-rank", "2", "--save-every", "1", "--resume")
+    assert (out / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_averaged_weights_are_the_ones_that_are_saved(arguments, start, tmp_path):
+    out = short(arguments, tmp_path / "run", "--ema", "0.75", "--save-every", "1")
+    first, second = (load_file(out / "checkpoints" / f"step_000000{step}" / "weights.safetensors") for step in (1, 2))
+    saved = load_file(out / "model" / "model.safetensors")
+    name = "model.mask_decoder.query_positions"  # the average starts at the first step's weights
+    torch.testing.assert_close(saved[name], 0.75 * first[name] + 0.25 * second[name])
+    averaged = load_file(out / "checkpoints" / "step_0000002" / "average.safetensors")
+    assert all(torch.equal(value, averaged[name]) for name, value in saved.items())
+    shutil.rmtree(out / "checkpoints" / "step_0000002")
+    short(arguments, out, "--ema", "0.75", "--save-every", "1", "--resume")
+    again = load_file(out / "model" / "model.safetensors")
+    assert all(torch.equal(value, again[name]) for name, value in saved.items())
+
+
+@pytest.mark.parametrize("option", ["--gradient-checkpointing", "--compile aot_eager"])
+def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_losses, tmp_path, option):
+    out = short(arguments, tmp_path / "run", *option.split())
+    assert [line["loss"] for line in log_of(out)] == pytest.approx(plain_losses, rel=1e-5)
+
+
+def test_bf16_stays_near_float32(arguments, plain_losses, tmp_path):
+    AcceleratorState._reset_state(reset_partial_state=True)  # one process can have one precision only
+    out = short(arguments, tmp_path / "run", "--mixed-precision", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    losses = [line["loss"] for line in log_of(out)]
+    assert losses == pytest.approx(plain_losses, rel=0.02) and losses != pytest.approx(plain_losses, rel=1e-6)
+
+
+def test_published_behaviours_are_options_that_change_the_losses(arguments, plain_losses, tmp_path):
+    for option in ("--noisy-reference", "--resize whole"):
+        out = short(arguments, tmp_path / option.split()[0], *option.split())
+        losses = [line["loss"] for line in log_of(out)]
+        assert losses == pytest.approx(plain_losses, rel=0.1) and losses != plain_losses, option
+
+
+def test_gradients_are_clipped_to_the_norm():
+    weight = torch.nn.Linear(2, 2)
+    for limit, expected in ((0, 5), (1, 1)):
+        weight.weight.grad, weight.bias.grad = torch.tensor([[3.0, 0], [0, 0]]), torch.tensor([0.0, 4])
+        assert program.finish_gradients(program.Accelerator(), weight, limit).item() == pytest.approx(5)
+        norm = torch.cat([weight.weight.grad.flatten(), weight.bias.grad]).norm()
+        assert norm.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_parts_of_the_model_can_be_left_out(arguments, start, tmp_path):
+    out = short(arguments, tmp_path / "run", "--no-text-attention", "--random-queries", "--textual-weight", "0")
+    names = load_file(out / "model" / "model.safetensors").keys()
+    assert not any("text_attention" in name or "pixel_decoder.text" in name for name in names)
+    line = log_of(out)[0]
+    assert line["loss_textual"] == 0 and line["loss_visual"] >= 0
+    model = AutoModelForSemanticSegmentation.from_pretrained(out / "model", trust_remote_code=True).eval()
+    assert model.config.queries == "random" and model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2, 32, 32)
+
+
+def test_data_without_an_index_is_trained_on_and_evaluated(arguments, data, tmp_path):
+    more = ("--no-index", "--classes", ",".join(CLASSES))
+    out = short(arguments, tmp_path / "run", *more)
+    results = json.loads((out / "results.json").read_text())
+    assert results["protocol"]["frames"] == 3 and results["protocol"]["labels"]["name"] == "ids/as_they_are"
+    assert "Read without an index" in (out / "model" / "README.md").read_text()
+
+
+def test_the_tracker_gets_the_losses_and_drawings(arguments, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    main(arguments(out, "--steps", "2", "--eval-every", "1", "--overlays", "1", "--tracker", "tensorboard"))
+    found = [EventAccumulator(str(path.parent)).Reload().Tags() for path in (out / "tracker").rglob("events*")]
+    assert {"loss", "gradient_norm", "miou", "lr_vision"} <= {name for tags in found for name in tags["scalars"]}
+    assert [name for tags in found for name in tags["images"]]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsys):
+    assert main(arguments(tmp_path / "run", "--dry-run", "--vision", "frozen")) == {}
+    text = capsys.readouterr().out
+    for words in ("peak rate 0.001, decay 0", "of them trained", "6 steps of 2 images", "GiB of activations"):
+        assert words in text
+    assert not (tmp_path / "run").exists()
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
