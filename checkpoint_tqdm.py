@@ -30,6 +30,11 @@ from tqdm_seg.publish_tqdm import written_whole
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model that is sharded over processes, whole in every process; every process must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Weights and optimiser state by parameter name; every process must call it, others than the first get nothing."""
     weights = get_model_state_dict(model, options=_WHOLE)

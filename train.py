@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, ProjectConfiguration
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from tqdm_seg.augment_tqdm import TrainTransform
-from tqdm_seg.checkpoint_tqdm import checkpoints, load_checkpoint, training_state, write_checkpoint
+from tqdm_seg.checkpoint_tqdm import checkpoints, load_checkpoint, training_state, whole_weights, write_checkpoint
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.data_tqdm import (
     FrameDataset,
@@ -211,19 +211,33 @@ def resume(
     return content["step"]
 
 
+def unsharded(accelerator: Accelerator, net: TqdmForSemanticSegmentation) -> TqdmForSemanticSegmentation:
+    """The model itself, or where FSDP has sharded it a whole copy in every process."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return net
+    whole = TqdmForSemanticSegmentation(net.config).to(accelerator.device)
+    whole.load_state_dict(whole_weights(net))
+    return whole
+
+
 class Reporter:
-    """Evaluates during and after training, keeps the best model and writes the last one."""
+    """Evaluates during and after training, keeps the best model and writes the last one.
+
+    trained: the model as it is trained, or averaged.
+    """
 
     def __init__(
-        self, args: argparse.Namespace, accelerator: Accelerator, net: TqdmForSemanticSegmentation,
+        self, args: argparse.Namespace, accelerator: Accelerator, trained: TqdmForSemanticSegmentation,
         processor: TqdmImageProcessor, training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows,
         log: Log,
     ):  # fmt: skip
-        self.args, self.accelerator, self.net, self.processor = args, accelerator, net, processor
+        self.args, self.accelerator, self.processor = args, accelerator, processor
+        self.trained = self.net = trained
         self.training, self.validation, self.log = training, validation, log
 
     def score(self) -> dict[str, object]:
         """Results of the held-back frames, every frame in one process."""
+        self.net = unsharded(self.accelerator, self.trained)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         frames = frame_loader(self.validation, self.args.workers, process, processes)
         return evaluate(self.net, self.processor, frames, self.validation.label_map, self.accelerator)
@@ -286,6 +300,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     logging.disable_progress_bar()  # of saved files, which would tear the bar of the steps apart
     accelerator = make_accelerator(args)
     process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    if accelerator.distributed_type == DistributedType.FSDP and (args.ema or args.vision == "lora"):
+        raise ValueError("--ema and --vision lora need the whole model in every process; launch with DDP, not FSDP")
 
     training, validation = open_data(args)
     net, processor = build_model(args, training.classes)

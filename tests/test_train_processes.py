@@ -95,6 +95,10 @@ def test_published_loss_counts_depend_on_how_images_are_divided(fixed, one, tmp_
     assert losses(tmp_path / "run") != pytest.approx(losses(one), rel=1e-5)
 
 
+def test_a_model_sharded_by_fsdp2_is_saved_whole_and_loads_anywhere(tmp_path):
+    assert finish([*TORCHRUN, str(HERE / "sharded_state.py"), str(tmp_path)]).count("sharded state is whole") == 2
+
+
 def test_one_process_where_two_were_asked_for_is_an_error(fixed, tmp_path):
     launch = [*ACCELERATE, "--cpu", "--num_processes", "2", str(ROOT / "train.py")]
     process = start([*launch, *fixed, "--out", str(tmp_path / "run")])
