@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tqdm_seg.augment_tqdm import TrainTransform, normalise
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX, LabelMap, decode_picture
-from tqdm_seg.shards_tqdm import read_frame, read_index, turned
+from tqdm_seg.shards_tqdm import read_frame, read_index, refuse_missing_shards, turned
 
 # A set smaller than this is kept decoded in memory, once per loader process.
 CACHE_BYTES = 256 * 2**20
@@ -60,11 +60,12 @@ class FrameDataset(Dataset):
 
     folder: what a program of dataset_scripts/ has made: a local folder or any URL that fsspec reads (hf://, s3://,
     https://). Frames are read one by one by their byte ranges; a small set is then kept in memory.
-    Raises FileNotFoundError for an unfinished folder, ValueError for a missing split.
+    Raises FileNotFoundError for an unfinished folder and missing shards, ValueError for a missing split.
     """
 
     def __init__(self, folder: str, split: str):
         self.index = read_index(folder, split)
+        refuse_missing_shards(self.index, split)
         self.folder, self.split = folder, split
         self.classes: list[str] = self.index.manifest["classes"]
         self.label_map: dict[str, str] = self.index.manifest["label_map"]

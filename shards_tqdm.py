@@ -282,6 +282,21 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
     return Index(str(folder), manifest, table)
 
 
+def refuse_missing_shards(index: Index, split: str) -> None:
+    """Raises FileNotFoundError naming the first shard of the split that is missing or of another size than recorded."""
+    files, root = fsspec.core.url_to_fs(index.folder)
+    for record in index.manifest["shards"]:
+        if record["split"] != split:
+            continue
+        path = f"{root}/{record['file']}"
+        size = files.size(path) if files.exists(path) else None
+        if size != record["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
+            raise FileNotFoundError(
+                f"{path} {found}; copy it anew, or run the prepare program again, which makes what is missing"
+            )
+
+
 def read_frame(index: Index, row: int) -> tuple[bytes, bytes]:
     """Picture file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes.
 

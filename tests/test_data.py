@@ -316,7 +316,14 @@ def test_a_shard_that_is_gone_is_named(folder, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
     frames = FrameDataset(str(tmp_path), "validation")
-    (tmp_path / "data" / "validation-00000-of-00001.parquet").unlink()
+    shard = tmp_path / "data" / "validation-00000-of-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(FileNotFoundError, match=r"validation-00000-of-00001.parquet has \d+ bytes, not \d+; copy it"):
+        FrameDataset(str(tmp_path), "validation")
+    shard.unlink()
+    FrameDataset(str(tmp_path), "train")
+    with pytest.raises(FileNotFoundError, match="validation-00000-of-00001.parquet is missing"):
+        FrameDataset(str(tmp_path), "validation")
     with pytest.raises(FileNotFoundError, match="validation-00000-of-00001.parquet"):
         frames[0]
 
