@@ -13,7 +13,8 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ from tqdm_seg.optimisation_tqdm import (
     step_counts,
 )
 from tqdm_seg.options_tqdm import parse_options
-from tqdm_seg.prepare_tqdm import run
+from tqdm_seg.prepare_tqdm import run as run_program
 from tqdm_seg.publish_tqdm import push_folder, save_model_folder, written_whole
 from tqdm_seg.reference_tqdm import FrozenReference
 from tqdm_seg.report_tqdm import draw_frames, model_card
@@ -79,11 +80,14 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             "accelerate launch --cpu starts a single process whatever --num_processes says; use torchrun "
             "--nproc_per_node N train.py, or accelerate launch --multi_gpu --num_processes N train.py, on CPUs too"
         )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.accumulation,
         cpu=not torch.accelerator.is_available(), log_with=None if args.tracker == "none" else args.tracker,
         project_config=ProjectConfiguration(args.out, str(Path(args.out) / "tracker")), dynamo_backend=args.compile,
     )  # fmt: skip
+    if accelerator.distributed_type == DistributedType.FSDP and (args.ema or args.vision == "lora"):
+        raise ValueError("--ema and --vision lora need the whole model in every process; launch with DDP, not FSDP")
+    return accelerator
 
 
 def open_data(args: argparse.Namespace) -> tuple[FrameDataset | PlainRows, FrameDataset | PlainRows]:
@@ -184,33 +188,6 @@ def finish_gradients(accelerator: Accelerator, model: nn.Module, limit: float) -
     return gradient_norm(model.parameters())
 
 
-def save(
-    folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None,
-    accelerator: Accelerator, keep: int,
-) -> None:  # fmt: skip
-    """A checkpoint after `step` steps; every process must call it."""
-    state = training_state(accelerator.unwrap_model(model, keep_torch_compile=False), optimizer.optimizer)
-    if accelerator.is_main_process:
-        extra = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-        averaged = average.module.state_dict() if average is not None else None
-        write_checkpoint(folder, step, state, averaged, extra, keep)
-    accelerator.wait_for_everyone()
-
-
-def resume(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: AveragedModel | None,
-    accelerator: Accelerator,
-) -> int:  # fmt: skip
-    """Loads a checkpoint into the arguments; returns the number of steps done."""
-    content = load_checkpoint(path, accelerator.unwrap_model(model, keep_torch_compile=False), optimizer.optimizer)
-    if average is not None:
-        average.module.load_state_dict(load_file(path / "average.safetensors"))
-        average.n_averaged.fill_(content["step"])
-    if accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(content["scaler"])
-    return content["step"]
-
-
 def unsharded(accelerator: Accelerator, net: TqdmForSemanticSegmentation) -> TqdmForSemanticSegmentation:
     """The model itself, or where FSDP has sharded it a whole copy in every process."""
     if accelerator.distributed_type != DistributedType.FSDP:
@@ -291,6 +268,107 @@ class Reporter:
         return results
 
 
+@dataclass
+class Run:
+    """All that a training step touches. model: what `accelerator` made of net; average: averaged weights, if any."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    net: TqdmForSemanticSegmentation
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    reference: FrozenReference
+
+    def step(self, step: int, parts: list[dict[str, Tensor]], recent: RecentLosses) -> Tensor:
+        """One optimiser step over the accumulated batches; adds their losses to `recent`, returns the gradient norm."""
+        args, accelerator = self.args, self.accelerator
+        published = args.loss_counts == "published"
+        counts = step_counts([batch_counts(part, self.net) for part in parts], accelerator.device, published)
+        for number, (batch, part_counts) in enumerate(zip(parts, counts, strict=True)):
+            inputs = model_inputs(batch, accelerator.device)
+            # Dropout and the points of the mask losses draw from torch's global generator.
+            seed = np.random.SeedSequence([args.seed, step, number, accelerator.process_index])
+            torch.manual_seed(int(seed.generate_state(1)[0]))
+            with accelerator.accumulate(self.model):
+                with accelerator.autocast():
+                    inputs |= self.reference(inputs["pixel_values"])
+                outputs = self.model(**inputs, loss_counts=part_counts, output_logits=False)
+                accelerator.backward(outputs.loss)
+                if accelerator.sync_gradients:
+                    norm = finish_gradients(accelerator, self.model, args.clip_norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            recent.add(step, batch["key"], outputs.losses)
+        if self.average is not None:
+            self.average.update_parameters(self.net)
+        return norm
+
+    def save(self, done: int) -> None:
+        """A checkpoint after `done` steps; every process must call it."""
+        accelerator, average = self.accelerator, self.average
+        state = training_state(self._bare_model(), self.optimizer.optimizer)
+        if accelerator.is_main_process:
+            extra = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
+            averaged = average.module.state_dict() if average is not None else None
+            write_checkpoint(Path(self.args.out) / "checkpoints", done, state, averaged, extra, self.args.keep)
+        accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Loads the last checkpoint if there is one and it is asked for; returns the number of steps done."""
+        last = checkpoints(Path(self.args.out) / "checkpoints")[-1:] if self.args.resume else []
+        if not last:
+            return 0
+        check_resumable(self.args, self.accelerator.num_processes)
+        content = load_checkpoint(last[0], self._bare_model(), self.optimizer.optimizer)
+        if self.average is not None:
+            self.average.module.load_state_dict(load_file(last[0] / "average.safetensors"))
+            self.average.n_averaged.fill_(content["step"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(content["scaler"])
+        return content["step"]
+
+    def _bare_model(self) -> nn.Module:
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+
+def train_steps(run: Run, batches: Iterator[dict[str, Tensor]], first_step: int, log: Log, report: Reporter) -> bool:
+    """The loop; False when SIGTERM ended it before the last step."""
+    args, accelerator = run.args, run.accelerator
+    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
+    images = images_per_step(args, accelerator.num_processes)
+    recent, last_log, clock = RecentLosses(), first_step, time.perf_counter()
+    with bar, StopSignal() as stop:
+        for step in range(first_step, args.steps):
+            rates = set_learning_rates(run.optimizer, step, args.steps, args.warmup_steps, args.min_lr)
+            norm = run.step(step, [next(batches) for _ in range(args.accumulation)], recent)
+            bar.update()
+
+            done, at_end = step + 1, step + 1 == args.steps
+            to_log, to_save, to_evaluate = (
+                every > 0 and (at_end or done % every == 0)
+                for every in (args.log_every, args.save_every, args.eval_every)
+            )
+            stopped = stop.agreed(accelerator, to_log or to_save)
+            if to_log or to_save or stopped:
+                means = recent.means(accelerator, Path(args.out))  # stops at a loss that is not finite
+                speed = images * (done - last_log) / (time.perf_counter() - clock)
+                bar.set_postfix(loss=f"{means['loss']:.2f}")
+                log.write(
+                    done, **means, **rates, gradient_norm=norm.item(), samples_per_second=speed,
+                    memory_gb=memory_gb(accelerator.device), seconds_left=images * (args.steps - done) / speed,
+                )  # fmt: skip
+                last_log, clock = done, time.perf_counter()
+            if to_evaluate and not at_end:
+                report.evaluate(done)  # before the checkpoint, from which it would not be made up for
+            if to_save or stopped:
+                run.save(done)
+            if stopped and not at_end:
+                accelerator.print(f"stopped by SIGTERM after step {done}; the same command with --resume goes on")
+                return False
+    return True
+
+
 def main(argv: list[str] | None = None) -> dict[str, object]:
     """Trains, evaluates, writes; returns what results.json holds, {} when it was stopped before the end."""
     args = parse_args(argv)
@@ -299,9 +377,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         raise FileExistsError(f"{out} holds a run; add --resume to go on with it, choose another --out, or delete it")
     logging.disable_progress_bar()  # of saved files, which would tear the bar of the steps apart
     accelerator = make_accelerator(args)
-    process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
-    if accelerator.distributed_type == DistributedType.FSDP and (args.ema or args.vision == "lora"):
-        raise ValueError("--ema and --vision lora need the whole model in every process; launch with DDP, not FSDP")
+    process, processes = accelerator.process_index, accelerator.num_processes
 
     training, validation = open_data(args)
     net, processor = build_model(args, training.classes)
@@ -310,20 +386,18 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     convert_batch_norm(net)
     if args.gradient_checkpointing:
         net.gradient_checkpointing_enable()
-    net, reference = net.to(device).train(), reference.to(device).train()
+    net, reference = net.to(accelerator.device).train(), reference.to(accelerator.device).train()
     groups = parameter_groups(net, args.lr, args.weight_decay, args.vision_lr_mult, not args.no_embedding_decay)
     optimizer = torch.optim.AdamW(groups)
     average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     if args.dry_run:
-        batch = model_inputs(next(iter(train_batches(args, training, 0, process, processes))), device)
-        print_plan(args, net, optimizer, reference, batch, processes, accelerator.print)
+        batch = next(iter(train_batches(args, training, 0, process, processes)))
+        inputs = model_inputs(batch, accelerator.device)
+        print_plan(args, net, optimizer, reference, inputs, processes, accelerator.print)
         return {}
 
-    last = checkpoints(out / "checkpoints")[-1:] if args.resume else []
-    if last:
-        check_resumable(args, processes)
-    model, optimizer = accelerator.prepare(net, optimizer)
-    first_step = resume(last[0], model, optimizer, average, accelerator) if last else 0
+    run = Run(args, accelerator, net, *accelerator.prepare(net, optimizer), average, reference)
+    first_step = run.resume()
     accelerator.wait_for_everyone()  # all have looked for an earlier run
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
@@ -332,66 +406,11 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     log = Log(accelerator, args, first_step)
     shown = net if average is None else average.module
     report = Reporter(args, accelerator, shown, processor, training, validation, log)
-
     batches = iter(train_batches(args, training, first_step, process, processes))
-    bar = tqdm(total=args.steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
-    recent, samples, clock = RecentLosses(), 0, time.perf_counter()
-    with StopSignal() as stop:
-        for step in range(first_step, args.steps):
-            rates = set_learning_rates(optimizer, step, args.steps, args.warmup_steps, args.min_lr)
-            parts = [next(batches) for _ in range(args.accumulation)]
-            counts = step_counts([batch_counts(part, net) for part in parts], device, args.loss_counts == "published")
-            for number, (batch, part_counts) in enumerate(zip(parts, counts, strict=True)):
-                inputs = model_inputs(batch, device)
-                # Dropout and the points of the mask losses draw from torch's global generator.
-                seed = np.random.SeedSequence([args.seed, step, number, process])
-                torch.manual_seed(int(seed.generate_state(1)[0]))
-                with accelerator.accumulate(model):
-                    with accelerator.autocast():
-                        inputs |= reference(inputs["pixel_values"])
-                    outputs = model(**inputs, loss_counts=part_counts, output_logits=False)
-                    accelerator.backward(outputs.loss)
-                    if accelerator.sync_gradients:
-                        norm = finish_gradients(accelerator, model, args.clip_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                recent.add(step, batch["key"], outputs.losses)
-            if average is not None:
-                average.update_parameters(net)
-            samples += images_per_step(args, processes)
-            bar.update()
-
-            done = step + 1
-            at_end = done == args.steps
-            due = [
-                at_end or (every > 0 and done % every == 0)
-                for every in (args.log_every, args.save_every, args.eval_every)
-            ]
-            to_log, to_save, to_evaluate = due
-            stopped = stop.agreed(accelerator, to_log or to_save)
-            if to_log or to_save or stopped:
-                means = recent.means(accelerator, out)  # stops at a loss that is not finite, before anything is saved
-                speed = samples / (time.perf_counter() - clock)
-                left = (args.steps - done) * images_per_step(args, processes) / speed
-                bar.set_postfix(loss=f"{means['loss']:.2f}")
-                log.write(
-                    done, **means, **rates, gradient_norm=norm.item(), samples_per_second=speed,
-                    memory_gb=memory_gb(device), seconds_left=left,
-                )  # fmt: skip
-                samples, clock = 0, time.perf_counter()
-            if (to_save and args.save_every) or stopped:
-                save(out / "checkpoints", done, model, optimizer, average, accelerator, args.keep)
-            if stopped and not at_end:
-                accelerator.print(f"stopped by SIGTERM after step {done}; the same command with --resume goes on")
-                accelerator.end_training()
-                return {}
-            if to_evaluate and args.eval_every and not at_end:
-                report.evaluate(done)
-    bar.close()
-    results = report.finish()
+    results = report.finish() if train_steps(run, batches, first_step, log, report) else {}
     accelerator.end_training()
     return results
 
 
 if __name__ == "__main__":
-    run(main)
+    run_program(main)

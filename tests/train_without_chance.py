@@ -1,11 +1,17 @@
-"""train.py with the random points of the mask losses on a fixed grid, for tests that compare numbers of processes."""
+"""train.py with the random points of the mask losses on a fixed grid, for tests that compare runs of other processes.
 
+KILL_AT_SAVE=N in the environment: SIGKILL in the middle of the N-th file of a checkpoint.
+"""
+
+import os
+import signal
 import sys
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
-from tqdm_seg import modeling_tqdm, train
+from tqdm_seg import checkpoint_tqdm, modeling_tqdm, train
 
 
 def grid(mask_logits: torch.Tensor, extent: torch.Tensor, num_points: int, *_: float) -> torch.Tensor:
@@ -16,6 +22,17 @@ def grid(mask_logits: torch.Tensor, extent: torch.Tensor, num_points: int, *_: f
     return points.expand(*mask_logits.shape[:2], -1, -1)
 
 
+def save_or_die(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Saves, or dies over a half-written file."""
+    saved.append(path)
+    if len(saved) == int(os.environ.get("KILL_AT_SAVE", 0)):
+        path.write_bytes(b"half of a checkpoint")
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(tensors, path)
+
+
+saved: list[Path] = []
+original, checkpoint_tqdm.save_file = checkpoint_tqdm.save_file, save_or_die
 modeling_tqdm.choose_points = grid
 results = train.main(sys.argv[1:])
 print(f"processes: {PartialState().num_processes}, results: {bool(results)}")
