@@ -14,12 +14,16 @@ BYTES = 256  # values that a label picture can hold
 CHUNK = 2**18  # pixels that are counted at once: what is computed of them stays in the processor's cache
 
 
-def confusion_matrix(prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
+def confusion_matrix(
+    prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int = 255, check: bool = True
+) -> Tensor:
     """Pixel counts (K, K + 1) int64: rows truth, columns prediction, the last column "predicted no class".
 
     prediction, truth: integer maps of one shape, values 0 ... K-1 or `ignore_index`. Pixels whose truth is
     `ignore_index` are left out. A prediction of `ignore_index` on a labelled pixel is a miss for the true class and a
     false alarm for none, which is why it has a column and no row.
+    check: False leaves out pairs of other values. Of bytes on a GPU nothing then has to be known at once, so that the
+    host goes on without waiting; whoever reads the counts can see from their sum whether all pixels are there.
     Raises ValueError when the shapes differ or a value is neither a class nor `ignore_index`.
     """
     if prediction.shape != truth.shape:
@@ -36,10 +40,11 @@ def confusion_matrix(prediction: Tensor, truth: Tensor, num_classes: int, ignore
         truth, prediction = (torch.where(x.long() == ignore_index, num_classes, x.long()) for x in (truth, prediction))
         ignore_index = num_classes
         pairs = _pair_counts(truth, prediction, num_classes + 1)
-    # Every pair of values has a bin, impossible ones too: to look through the bins costs less than through the pixels.
-    known = torch.tensor(sorted({*range(num_classes), ignore_index}), device=pairs.device)
-    if pairs[known][:, known].sum() != truth.numel():
-        _refuse_strange(prediction, truth, num_classes, ignore_index)
+    if check:
+        # Every pair of values has a bin, impossible ones too: to look through the bins costs less than through pixels.
+        known = torch.tensor(sorted({*range(num_classes), ignore_index}), device=pairs.device)
+        if pairs[known][:, known].sum() != truth.numel():
+            _refuse_strange(prediction, truth, num_classes, ignore_index)
     pairs[ignore_index] = 0
     matrix = torch.cat([pairs[:num_classes, :num_classes], pairs[:num_classes, ignore_index, None]], 1)
     if ignore_index < num_classes:
@@ -132,9 +137,17 @@ def _pair_counts(rows: Tensor, columns: Tensor, side: int) -> Tensor | None:
             return None
         # int32 before any arithmetic: uint8 would wrap around.
         cells = parts[0].to(torch.int32, copy=True).mul_(side).add_(parts[1].int())
-        # bincount counts in int64; histc would count in float32 and lose pixels beyond 16.7 million per class.
-        pairs += torch.bincount(cells, minlength=side * side)
+        _count_into(pairs, cells)
     return pairs.view(side, side)
+
+
+def _count_into(pairs: Tensor, cells: Tensor) -> None:
+    """Adds to pairs (side * side,) int64 how often each of its indices is among cells (P,) int32."""
+    # Both count in int64; histc would count in float32 and lose pixels beyond 16.7 million per class.
+    if pairs.is_cuda:  # bincount would wait for the GPU to know the largest value
+        pairs.scatter_add_(0, cells.long(), pairs.new_ones(1).expand(len(cells)))
+    else:
+        pairs += torch.bincount(cells, minlength=len(pairs))
 
 
 def _below(values: Tensor, side: int) -> bool:

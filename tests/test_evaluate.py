@@ -1,0 +1,523 @@
+"""Evaluation: figures against a slow obvious version, any number of processes, kills, protocols, bad input."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import micro_model
+from evaluation_helpers import CLASSES, OFFROAD, SIZE, model_of, offroad_frames, prepared_folder, roads, run
+from PIL import Image
+from shard_helpers import orfd, photo, save
+from shard_helpers import program as prepare
+
+from tqdm_seg import compare_runs, evaluate_tqdm, metrics_tqdm
+from tqdm_seg.data_tqdm import FrameDataset, frame_loader
+from tqdm_seg.evaluate_tqdm import evaluate, main, predict_frame
+from tqdm_seg.evaluation_sets_tqdm import default_split, parse_set
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.inference_tqdm import PUBLISHED_BOXES, Inference, model_inference, predict
+from tqdm_seg.metrics_tqdm import confusion_matrix, scores
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.prepare_tqdm import run as run_program
+from tqdm_seg.progress_tqdm import append_batch, new_part, read_scored
+from tqdm_seg.shards_tqdm import read_manifest
+from tqdm_seg.tables_tqdm import read_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums in one order, as torchrun has them, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return model_of(tmp_path_factory.mktemp("model"), CLASSES)
+
+
+@pytest.fixture(scope="module")
+def offroad_model(tmp_path_factory) -> Path:
+    return model_of(tmp_path_factory.mktemp("offroad_model"), OFFROAD)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return roads(tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def offroad(tmp_path_factory) -> Path:
+    """60 frames."""
+    return offroad_frames(tmp_path_factory.mktemp("orfd"))
+
+
+@pytest.fixture(scope="module")
+def finished(model, data, tmp_path_factory) -> Path:
+    """The folder of a whole evaluation of `data` under the name roads."""
+    out = tmp_path_factory.mktemp("evaluations") / "whole"
+    run(model, f"roads={data}", out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished_offroad(offroad_model, offroad, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("evaluations") / "offroad"
+    run(offroad_model, f"orfd={offroad}", out)
+    return out
+
+
+def load(folder: Path) -> TqdmForSemanticSegmentation:
+    return TqdmForSemanticSegmentation.from_pretrained(folder).eval()
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+# -- figures --------------------------------------------------------------------------------------------
+
+
+def slow_counts(model: Path, data: Path, split: str = "validation") -> dict[str, Counter]:
+    """{frame: {(truth, prediction): pixels}}, a pixel at a time, predicted as the README shows."""
+    net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
+    found = {}
+    for frame in frame_loader(FrameDataset(str(data), split), 0):
+        with torch.no_grad():
+            outputs = net(**processor(images=Image.fromarray(frame.image), return_tensors="pt"))
+        ids = processor.post_process_semantic_segmentation(outputs, target_sizes=[frame.labels.shape])[0].tolist()
+        pairs = Counter()
+        for true_row, row in zip(frame.labels.tolist(), ids, strict=True):
+            for truth, prediction in zip(true_row, row, strict=True):
+                pairs[truth, prediction] += truth != 255
+        found[frame.key] = pairs
+    return found
+
+
+def ratio(part: float, whole: float) -> float | None:
+    return part / whole if whole else None
+
+
+def test_all_figures_equal_a_slow_computation(model, data, finished):
+    results = json.loads((finished / "results.json").read_text())["sets"]["roads"]
+    pairs = sum(slow_counts(model, data).values(), Counter())
+    total = sum(pairs.values())
+    assert total == 4 * (SIZE[0] * SIZE[1] - 64) and results["protocol"]["frames"] == 5
+    ious, weighted = [], 0
+    for k, name in enumerate(CLASSES):
+        truth = sum(pairs[k, p] for p in range(3))
+        predicted = sum(pairs[t, k] for t in range(3))
+        iou = ratio(pairs[k, k], truth + predicted - pairs[k, k])
+        assert results["iou"][name] == (iou if iou is None else pytest.approx(iou, abs=1e-14))
+        assert results["accuracy"][name] == ratio(pairs[k, k], truth)
+        ious += [] if iou is None else [iou]
+        weighted += (iou or 0) * truth / total
+        assert results["matrix"][k] == [*(pairs[k, p] for p in range(3)), 0]
+    assert results["accuracy"]["sky"] is None and results["iou"]["sky"] == 0  # predicted, but not in the truth
+    assert all(pairs[t, p] for t in (0, 1) for p in range(3))  # nothing here is trivially right
+    assert results["miou"] == pytest.approx(sum(ious) / len(ious), abs=1e-14)
+    assert results["frequency_weighted_iou"] == pytest.approx(weighted, abs=1e-14)
+    assert results["pixel_accuracy"] == pytest.approx(sum(pairs[k, k] for k in range(3)) / total, abs=1e-14)
+
+
+def test_two_classes_have_precision_recall_f_and_iou_of_the_positive_one(offroad_model, offroad, finished_offroad):
+    positive = json.loads((finished_offroad / "results.json").read_text())["sets"]["orfd"]["positive_class"]
+    pairs = sum(slow_counts(offroad_model, offroad).values(), Counter())
+    hits, truth, predicted = pairs[1, 1], pairs[1, 0] + pairs[1, 1], pairs[0, 1] + pairs[1, 1]
+    assert min(hits, truth - hits, predicted - hits) > 0
+    assert positive == {
+        "name": "traversable",
+        "precision": pytest.approx(hits / predicted),
+        "recall": pytest.approx(hits / truth),
+        "f_score": pytest.approx(2 * hits / (truth + predicted)),
+        "iou": pytest.approx(hits / (truth + predicted - hits)),
+    }
+
+
+def test_every_figure_follows_from_the_table_of_frames(model, data, finished):
+    results, table = (
+        json.loads((finished / "results.json").read_text())["sets"]["roads"],
+        read_table(finished / "roads.parquet"),
+    )
+    assert table.frames == [f"val/{name}.png" for name in ("a/0", "a/1", "a/2", "b/3", "b/4")]
+    slow = slow_counts(model, data)
+    for frame, counts in zip(table.frames, table.counts, strict=True):
+        assert (
+            counts[:, :3].tolist() == [[slow[frame][t, p] for p in range(3)] for t in range(3)]
+            and not counts[:, 3].any()
+        )
+    assert table.counts[-1].sum() == 0  # a frame without truth has its row, too
+    again = scores(torch.tensor(table.counts.sum(0)), table.classes)
+    assert {name: results[name] for name in again} == again and table.protocol == results["protocol"]
+    groups = {row["name"]: row for row in results["groups"]["scene"]}
+    for scene, rows in (("a", slice(0, 3)), ("b", slice(3, 5))):
+        again = scores(torch.tensor(table.counts[rows].sum(0)), table.classes)
+        assert {name: groups[scene][name] for name in again} == again
+        assert groups[scene]["frames"] == rows.stop - rows.start
+        assert groups[scene]["pixels"] == table.counts[rows].sum()
+    lines = list(csv.DictReader((finished / "roads_groups.csv").read_text().splitlines()))
+    assert [(line["by"], line["name"]) for line in lines] == [("all", ""), ("scene", "a"), ("scene", "b")]
+    assert float(lines[0]["miou"]) == results["miou"] and float(lines[2]["miou"]) == groups["b"]["miou"]
+    assert lines[0]["accuracy_sky"] == "" and all("windows of 32 every 20 pixels" in line["protocol"] for line in lines)
+
+
+def test_the_training_program_gets_the_same_figures(model, data, finished):
+    results, frames = (
+        json.loads((finished / "results.json").read_text())["sets"]["roads"],
+        FrameDataset(str(data), "validation"),
+    )
+    net, processor = load(model).train(), TqdmImageProcessor.from_pretrained(model)
+    found = json.loads(json.dumps(evaluate(net, processor, frame_loader(frames, 0), frames.label_map, Accelerator())))
+    assert net.training and found["protocol"] == {k: v for k, v in results["protocol"].items() if k != "data"}
+    assert {name: value for name, value in results.items() if name in found and name != "protocol"} == {
+        name: value for name, value in found.items() if name != "protocol"
+    }
+
+
+def test_a_set_without_any_truth_has_no_figures_and_says_so(model, tmp_path, capsys):
+    photo(tmp_path / "images" / "val" / "0.png", *SIZE)
+    save(tmp_path / "masks" / "val" / "0.png", np.full(SIZE, 255))
+    results = run(model, f"void={prepared_folder(tmp_path, 'void')}", tmp_path / "out")["sets"]["void"]
+    assert results["miou"] is None and set(results["iou"].values()) == {None} and results["groups"] == {}
+    assert "## void: mIoU N/A %" in capsys.readouterr().out
+
+
+def test_counting_for_a_gpu_equals_counting_for_a_processor(monkeypatch):
+    rng = np.random.default_rng(0)
+    truth, ids = (torch.from_numpy(rng.choice([0, 1, 2, 255], (50, 60)).astype(np.uint8)) for _ in range(2))
+    expected = confusion_matrix(ids, truth, 3)
+
+    def scatter(pairs, cells):
+        pairs.scatter_add_(0, cells.long(), pairs.new_ones(1).expand(len(cells)))
+
+    monkeypatch.setattr(metrics_tqdm, "_count_into", scatter)
+    assert torch.equal(confusion_matrix(ids, truth, 3, check=False), expected)
+    truth[0] = 7  # no class: left out, so that the sum tells
+    assert confusion_matrix(ids, truth, 3, check=False).sum() < (truth != 255).sum()
+
+
+# -- protocols ------------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "--whole": {"mode", "window", "stride"},
+    "--window 24": {"window", "stride"},
+    "--stride 16": {"stride"},
+    "--box 32 36": {"image_size", "resize"},
+    "--aug-test": {"test_time_augmentation"},
+    "--offnet": {"truth"},
+    "--precision bf16": {"precision"},
+    "--full-res": set(),
+    "--window-batch 2": set(),
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_that_changes_figures_is_in_the_protocol(model, data, finished, tmp_path, capsys, option):
+    run(model, f"roads={data}", tmp_path / "out", *option.split())
+    printed = capsys.readouterr().out
+    before, after = (read_table(out / "roads.parquet").protocol for out in (finished, tmp_path / "out"))
+    changed = {name for name in before if before[name] != after[name]}
+    assert before.keys() == after.keys() and changed == OPTIONS[option]
+    for name in changed & {"test_time_augmentation", "truth", "precision", "resize"}:
+        assert str(after[name]) in printed
+    if changed:  # such runs are not to be compared
+        assert compare_runs.main([str(out / "roads.parquet") for out in (finished, tmp_path / "out")]) == 2
+        assert f"The protocols differ in {sorted(changed)[0]}" in capsys.readouterr().err
+
+
+def test_boxes_belong_to_a_set_the_run_or_the_published_protocol(model, data, tmp_path, monkeypatch):
+    monkeypatch.setitem(PUBLISHED_BOXES, "roads", (32, 40))
+    sources = [f"plain={data}", f"own={data}@36x30"]
+    found = main(
+        [str(model), "--data", *sources, "--protocol", "published", "--out", str(tmp_path / "a"), "--workers", "0"]
+    )
+    sizes = {name: list(results["protocol"]["image_size"]) for name, results in found["sets"].items()}
+    assert sizes == {"plain": ["32x38"], "own": ["30x36"]}
+    assert found["sets"]["plain"]["protocol"]["resize"] == "fitted into 32x40, either way round, keeping the shape"
+    # A model folder's own size is kept, unless the protocol is another.
+    boxed = TqdmImageProcessor(do_resize=True, size={"shortest_edge": 34, "longest_edge": 60})
+    folder = model_of(tmp_path / "boxed", CLASSES, boxed)
+    for protocol, size in (("model", "34x41"), ("own", "40x48")):
+        results = run(folder, f"roads={data}", tmp_path / protocol, "--protocol", protocol)["sets"]["roads"]
+        assert list(results["protocol"]["image_size"]) == [size]
+        if protocol == "model":
+            pairs = sum(slow_counts(folder, data).values(), Counter())
+            assert [row[:3] for row in results["matrix"]] == [[pairs[t, p] for p in range(3)] for t in range(3)]
+    assert PUBLISHED_BOXES["Cityscapes"] == PUBLISHED_BOXES["Mapillary Vistas"] == (1024, 2048)
+    assert PUBLISHED_BOXES["BDD100K (10k)"] == (720, 1280)
+
+
+def test_the_published_boxes_are_those_of_the_datasets_names():
+    names = {prepare(f"prepare_{name}").SOURCE.name for name in ("cityscapes", "bdd100k", "mapillary")}
+    assert names == PUBLISHED_BOXES.keys()
+
+
+def test_augmented_test_is_the_mean_over_scales_and_mirror_images_by_hand(model, data):
+    net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
+    frame = FrameDataset(str(data), "validation")[0]
+    inference = Inference(scales=(0.5, 1.25), flip=True, softmax_views=True)
+    assert inference.view_sizes(40, 48) == [(20, 24), (50, 60)]
+    total = 0
+    for side in (20, 50):
+        resized = processor(
+            images=frame.image.copy(), do_resize=True, size={"shortest_edge": side, "longest_edge": side * 6 // 5},
+            return_tensors="pt",
+        )["pixel_values"]  # fmt: skip
+        for flipped in (resized, resized.flip(-1)):
+            with torch.no_grad():
+                scores = net(flipped).logits
+            scores = torch.nn.functional.interpolate(scores, SIZE, mode="bilinear").softmax(1)
+            total = total + (scores if flipped is resized else scores.flip(-1))
+    found = predict(net, processor, inference.views(frame.image, processor), SIZE, inference)
+    assert torch.equal(found.long(), total[0].argmax(0))
+
+
+def test_offnet_truth_is_a_quarter_of_its_input_and_changes_counts_but_not_predictions():
+    labels = np.zeros((720, 1280), np.uint8)
+    labels[301:, 77:] = 1
+    truth = Inference(truth="offnet").truth_of(labels).numpy()
+    rows, columns = np.arange(720) * 176 // 720, np.arange(1280) * 320 // 1280
+    small = labels[np.arange(176) * 720 // 176][:, np.arange(320) * 1280 // 320]
+    assert np.array_equal(truth, small[rows][:, columns]) and truth.sum() != labels.sum()
+    assert cv2.resize(labels, (320, 176), interpolation=cv2.INTER_NEAREST).shape == (176, 320)
+    assert np.array_equal(Inference().truth_of(labels).numpy(), labels)
+
+
+def test_predict_frame_is_what_the_readme_shows(model, data):
+    net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
+    frame = FrameDataset(str(data), "validation")[1]
+    with torch.no_grad():
+        outputs = net(**processor(images=Image.fromarray(frame.image), return_tensors="pt"))
+    ids, size = predict_frame(net, processor, frame)
+    assert size == SIZE and ids.dtype == torch.int64 and torch.equal(ids, outputs.logits[0].argmax(0))
+    assert model_inference(TqdmImageProcessor(do_resize=True, size={"height": 8, "width": 9})).view_size(5, 5) == (8, 9)
+
+
+# -- several processes, kills ---------------------------------------------------------------------------
+
+
+def command(model: Path, source: str, out: Path, *more: str) -> list[str]:
+    return [str(ROOT / "evaluate_tqdm.py"), str(model), "--data", source, "--out", str(out), *more]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_two_processes_count_every_frame_once_and_write_the_same_files(
+    offroad_model, offroad, finished_offroad, tmp_path
+):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    arguments = command(offroad_model, f"orfd={offroad}", tmp_path / "out", "--save-every", "7", "--workers", "1")
+    done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("## orfd: mIoU") == 1
+    assert files(tmp_path / "out") == files(finished_offroad)
+
+
+def test_a_killed_evaluation_goes_on_from_the_frames_it_has(
+    offroad_model, offroad, finished_offroad, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    part = out / "parts" / "orfd" / "0001-0000.counts"
+    arguments = command(offroad_model, f"orfd={offroad}", out, "--save-every", "1", "--workers", "0")
+    with subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (part.exists() and part.stat().st_size > 200):
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
+    done = read_scored(part.parent, 60, 2).rows
+    assert 0 < len(done) < 60
+    with part.open("ab") as file:
+        file.write(part.read_bytes()[:50])  # as if killed while it wrote
+
+    scored, original = [], evaluate_tqdm.frame_counts
+    monkeypatch.setattr(evaluate_tqdm, "frame_counts", lambda *a: scored.append(a[2].row) or original(*a))
+    run(offroad_model, f"orfd={offroad}", out, "--save-every", "5")
+    assert sorted([*scored, *done.tolist()]) == list(range(60))
+    assert files(out) == files(finished_offroad)
+
+
+def test_a_finished_evaluation_is_not_done_again_but_can_be_grouped_anew(
+    model, data, finished, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name, content in files(finished).items():
+        (out / name).write_bytes(content)
+    monkeypatch.setattr(evaluate_tqdm, "predict", None)  # would fail
+    run(model, f"roads={data}", out)
+    assert "## roads: mIoU" in capsys.readouterr().out and files(out) == files(finished)
+    (tmp_path / "scenes.csv").write_text("scene,weather,light,colour\na,rain,,red\n")
+    results = run(model, f"roads={data}", out, "--attributes", str(tmp_path / "scenes.csv"))["sets"]["roads"]
+    assert [row["name"] for row in results["groups"]["weather"]] == ["not given", "rain"] and "light" not in results[
+        "groups"
+    ]
+    assert read_table(out / "roads.parquet").attributes == {"weather": ["rain"] * 3 + ["", ""]}
+    more = ("--attributes", str(tmp_path / "scenes.csv"), "--by", "colour")
+    assert "colour" in run(model, f"roads={data}", out, *more)["sets"]["roads"]["groups"]
+
+
+def test_another_evaluation_in_the_folder_is_not_mixed_with(model, data, finished, tmp_path):
+    before = files(finished)
+    with pytest.raises(ValueError, match=r"holds another evaluation \(sets.roads.protocol.stride was 20, now 16\)"):
+        run(model, f"roads={data}", finished, "--stride", "16")
+    other = micro_model(id2label=dict(enumerate(CLASSES)))
+    other.model.mask_decoder.query_positions.data += 1
+    other.save_pretrained(tmp_path / "other")
+    TqdmImageProcessor().save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model.sha256.model.safetensors was \w+, now \w+"):
+        run(tmp_path / "other", f"roads={data}", finished)
+    with pytest.raises(ValueError, match="holds other files and no evaluation"):
+        run(model, f"roads={data}", tmp_path / "other")
+    assert files(finished) == before
+
+
+def test_parts_are_read_up_to_the_first_batch_that_is_not_whole(tmp_path):
+    counts = np.arange(4 * 6).reshape(4, 2, 3)
+    append_batch(new_part(tmp_path, 1), np.array([3, 1]), counts[[3, 1]])
+    append_batch(tmp_path / "0001-0001.counts", np.array([0]), counts[[0]])
+    content = (tmp_path / "0001-0001.counts").read_bytes()
+    assert new_part(tmp_path, 0).name == "0002-0000.counts"
+    found = read_scored(tmp_path, 4, 2)
+    assert found.rows.tolist() == [0, 1, 3] and np.array_equal(found.counts, counts[[0, 1, 3]])
+    for end in (len(content) - 1, len(content) - 56, len(content) - 63):
+        (tmp_path / "0001-0001.counts").write_bytes(content[:end])
+        assert read_scored(tmp_path, 4, 2).rows.tolist() == [1, 3]
+    (tmp_path / "0001-0001.counts").write_bytes(content[:20] + b"?" + content[21:])
+    assert len(read_scored(tmp_path, 4, 2).rows) == 0
+    append_batch(new_part(tmp_path, 0), np.array([2, 2]), counts[[2, 2]])
+    with pytest.raises(ValueError, match="frame 2 was scored 2 times"):
+        read_scored(tmp_path, 4, 2)
+    with pytest.raises(ValueError, match="holds frame 2 of a set of 2"):
+        read_scored(tmp_path, 2, 2)
+
+
+def test_truth_that_is_not_that_of_the_index_stops_the_evaluation(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Inference, "truth_of", lambda self, labels: torch.zeros(SIZE, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"the truth of val/a/0.png in .* has other pixels than its index counts"):
+        run(model, f"roads={data}", tmp_path / "out")
+
+
+# -- several sets, bad input ----------------------------------------------------------------------------
+
+
+def test_several_sets_have_their_mean_and_the_protocol_beside_every_figure(model, data, tmp_path, capsys):
+    found = main([str(model), "--data", f"one={data}", f"two={data}@32x36", "--out", str(tmp_path), "--workers", "0"])
+    one, two = (found["sets"][name] for name in ("one", "two"))
+    assert found["mean"]["miou"] == (one["miou"] + two["miou"]) / 2 and found["mean"]["sets"] == ["one", "two"]
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["model"]["path"] == str(model) and len(found["model"]["sha256"]["model.safetensors"]) == 64
+    assert "commit" in found["model"] and "model" not in one["protocol"]
+    printed = capsys.readouterr().out
+    assert printed.count("Protocol: roads, split validation: 5 frames;") == 2
+    mean = f"| **mean of 2 sets** | **{100 * found['mean']['miou']:.2f}** |"
+    assert mean in printed and "| two | " in printed and "images 30x36, windows of 32 every 20 pixels" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a=x", ("a", "x", None, None)),
+        ("a=x:test", ("a", "x", "test", None)),
+        ("a-1.b=x/y:test@2048x1024", ("a-1.b", "x/y", "test", (1024, 2048))),
+        ("a=hf://datasets/o/n@main", ("a", "hf://datasets/o/n@main", None, None)),
+        ("a=s3://b/c:train@8x9", ("a", "s3://b/c", "train", (8, 9))),
+    ],
+)
+def test_sets_are_named_on_the_command_line(text, parts):
+    assert parse_set(text) == parts
+
+
+def test_the_default_split_is_validation_or_else_test(data, tmp_path):
+    assert default_split(str(data)) == "validation"
+    for split, root in (("testing", "t"), ("training", "r")):
+        orfd(tmp_path / root, 1, split=split)
+        prepare("prepare_orfd").main([str(tmp_path / root), str(tmp_path / f"{root}out"), "--workers", "1"])
+    assert default_split(str(tmp_path / "tout")) == "test"
+    with pytest.raises(ValueError, match="no split validation or test, only train; say which: PATH:SPLIT"):
+        default_split(str(tmp_path / "rout"))
+
+
+def test_bad_input_is_named_before_anything_is_done(model, offroad_model, data, offroad, tmp_path):
+    def refused(message: str, *arguments: str, error: type = ValueError) -> None:
+        with pytest.raises(error, match=message):
+            main([*map(str, arguments), "--out", str(tmp_path / "out")])
+
+    nowhere = tmp_path / "nowhere"
+    refused("there is no model folder", nowhere, "--data", f"a={data}", error=FileNotFoundError)
+    refused("holds no config.json", tmp_path, "--data", f"a={data}", error=FileNotFoundError)
+    refused("holds no manifest.json", model, "--data", f"a={nowhere}", error=FileNotFoundError)
+    refused("names no dataset; give NAME=PATH", model, "--data", str(data))
+    refused("names no dataset; give NAME=PATH", model, "--data", f"../a={data}")
+    refused("has no split 'dev', only validation", model, "--data", f"a={data}:dev")
+    refused("2 sets are called a", model, "--data", f"a={data}", f"A={data}")
+    refused("box of 0x9 pixels is empty", model, "--data", f"a={data}@0x9")
+    refused("class 0 is non-traversable to the model but road in the dataset", offroad_model, "--data", f"a={data}")
+    refused("has the classes non-traversable", model, "--data", f"a={data}", f"b={offroad}")
+    refused("would leave gaps", model, "--data", f"a={data}", "--stride", "64")
+    refused("give that file, too", model, "--data", f"a={data}", "--by", "weather")
+    (tmp_path / "scenes.csv").write_text("scene,weather\nelsewhere,rain\n")
+    refused("nothing to group by for any scene", model, "--data", f"a={data}", "--attributes", tmp_path / "scenes.csv")
+    more = ("--attributes", tmp_path / "scenes.csv", "--by")
+    refused("an attribute cannot be called 'scene'", model, "--data", f"a={data}", *more, "scene")
+    refused("have no column 'light', only scene, weather", model, "--data", f"a={data}", *more, "light")
+    broken = model_of(tmp_path / "broken", CLASSES, train=False)
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"model_type": "segformer"}))
+    refused("holds a model of type segformer, not tqdm", broken, "--data", f"a={data}")
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_in_another_order_are_refused(data, tmp_path):
+    folder = model_of(tmp_path / "model", ["road", "sky", "traffic light"], train=False)
+    with pytest.raises(ValueError, match="class 1 is sky to the model but traffic light in the dataset"):
+        run(folder, f"a={data}", tmp_path / "out")
+    folder = model_of(tmp_path / "more", [*CLASSES, "car"], train=False)
+    with pytest.raises(
+        ValueError, match="the model has 4 classes, a has 3, and class 3 is car to the model but nothing"
+    ):
+        run(folder, f"a={data}", tmp_path / "out")
+
+
+def test_label_maps_of_one_kind_are_not_mixed(offroad_model, offroad, tmp_path):
+    orfd(tmp_path / "raw", 1, split="validation", size=40)
+    arguments = [str(tmp_path / "raw"), str(tmp_path / "other"), "--workers", "1"]
+    prepare("prepare_orfd").main([*arguments, "--unreachable", "ignored"])
+    assert read_manifest(tmp_path / "other")["label_map"]["name"] == "orfd/ignored"
+    with pytest.raises(ValueError, match="prepared under the label maps orfd/merged and orfd/ignored"):
+        main([str(offroad_model), "--data", f"a={offroad}", f"b={tmp_path / 'other'}", "--out", str(tmp_path / "out")])
+
+
+def test_bad_input_ends_the_program_with_one_line(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "nowhere", f"a={data}", tmp_path / "out"))
+    with pytest.raises(SystemExit) as ended:
+        run_program(main)
+    message = ended.value.code  # a text is printed, and the status is 1
+    assert message.startswith("evaluate_tqdm.py: error: there is no model folder") and "\n" not in message
+
+
+def test_missing_weights_are_not_made_up(model, data, tmp_path):
+    folder = model_of(tmp_path / "model", CLASSES, train=False)
+    net = load(folder)
+    state = net.state_dict()
+    net.save_pretrained(
+        folder, state_dict={name: value for name, value in state.items() if "query_positions" not in name}
+    )
+    with pytest.raises(ValueError, match="lacks 1 weights, such as model.mask_decoder.query_positions"):
+        run(folder, f"a={data}", tmp_path / "out")
