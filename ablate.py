@@ -72,13 +72,18 @@ def table(figures: dict[str, dict[str, list[float]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains what is missing and writes the table."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (%(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: %(default)s)")
     parser.add_argument("options", nargs="*", help="further options of train.py, behind --")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is missing and writes the table."""
+    args = make_parser().parse_args(argv)
     unseen = unseen_frames(args.out)
     figures: dict[str, dict[str, list[float]]] = {}
     for variant, changes in VARIANTS.items():

@@ -8,6 +8,7 @@ Inputs, labels and points stay whole.
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +29,8 @@ def thin_golden(folder: Path, target: Path) -> None:
         golden[key] = tensor
     save_file(golden, target / "golden.safetensors", metadata={"strides": json.dumps(strides)})
     values = json.loads((folder / "golden.json").read_text())
-    (target / "golden.json").write_text(json.dumps({"training": values["training"]}) + "\n")
+    kept = without_frozen_copy({"training": values["training"]})
+    (target / "golden.json").write_text(json.dumps(kept, separators=(",", ":")) + "\n")
 
 
 def thin_weights(folder: Path, target: Path, pack: dict) -> None:
@@ -40,6 +42,13 @@ def thin_weights(folder: Path, target: Path, pack: dict) -> None:
     state["token_rows"] = rows
     unused = "reg_E0.fpn" if folder.name == "mini_clip" else "reg_E0."
     save_file({k: v for k, v in state.items() if not k.startswith(unused)}, target / "weights.safetensors")
+
+
+def without_frozen_copy(values: Any) -> Any:
+    """Without the entries of the frozen copy, which never has a gradient and is compared with nothing."""
+    if not isinstance(values, dict):
+        return values
+    return {key: without_frozen_copy(value) for key, value in values.items() if not key.startswith("reg_E0.")}
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def test_no_file_shadows_a_library():
     assert not (ROOT / "__init__.py").exists()
 
 
-def test_what_tests_keep_stays_small():
+def test_the_data_that_tests_keep_stays_small():
     kept = subprocess.run(["git", "ls-files", "tests"], cwd=ROOT, capture_output=True, text=True).stdout.split()
     files = [ROOT / name for name in kept] or [file for file in (ROOT / "tests").rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 15e6
+    assert sum(file.stat().st_size for file in files if file.suffix != ".py") <= 15e6

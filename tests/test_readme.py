@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import micro_model
 
-from tqdm_seg import convert_checkpoint, predict, train
+from tqdm_seg import ablate, compare_runs, convert_checkpoint, evaluate_tqdm, predict, report, train
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.publish_tqdm import save_model_folder
 
@@ -44,8 +44,13 @@ def test_every_python_block_runs(checkout):
 def test_every_command_parses():
     commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
     parsers = {
-        "predict.py": lambda argv: predict.make_parser().parse_args(argv),
+        "ablate.py": lambda argv: ablate.make_parser().parse_args(argv),
+        "compare_runs.py": lambda argv: compare_runs.make_parser().parse_args(argv),
         "convert_checkpoint.py": convert_checkpoint.parse_args,
+        "evaluate_tqdm.py": lambda argv: evaluate_tqdm.make_parser().parse_args(argv),
+        "predict.py": lambda argv: predict.make_parser().parse_args(argv),
+        "report.py": lambda argv: report.make_parser().parse_args(argv),
+        "train.py": train.parse_args,
     }
     seen = 0
     for command in commands:
@@ -53,8 +58,8 @@ def test_every_command_parses():
         if words[0] == "python" and words[1] in parsers:
             parsers[words[1]](words[2:])
             seen += 1
-    assert seen >= 4
-    options = re.findall(r"`accelerate launch train.py (--.*?)`", README)
+    assert seen >= 9
+    options = re.findall(r"accelerate launch train.py (--[^`#\n]*)", README)
     assert options
     for line in options:
         train.parse_args(shlex.split(line))
