@@ -2,6 +2,9 @@
 
 import argparse
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from tqdm_seg.configuration_tqdm import PRESETS
 
 # Options that a resumed run may change: they decide where and how fast it runs, not what it computes.
@@ -26,6 +29,11 @@ def parse_options(description: str, argv: list[str] | None = None) -> argparse.N
     for name, value in vars(args).items():
         if isinstance(value, int | float) and (value < 0 or (value == 0 and name in (*positive, "temperature"))):
             parser.error(f"--{name.replace('_', '-')} {value} must be {'above 0' if name in positive else '0 or more'}")
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.push_to_hub)
+        except HFValidationError as error:
+            parser.error(f"--push-to-hub {args.push_to_hub}: {error}")
     if args.ema >= 1:
         parser.error(f"--ema {args.ema} must be below 1, such as 0.999")
     return args

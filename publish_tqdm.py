@@ -1,6 +1,7 @@
 """A model folder as the Hub wants it: weights, configurations, the code that reads them, and a card."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,5 +83,5 @@ def push_folder(folder: Path, repository: str) -> str:
     except Exception as error:  # of httpx, of huggingface_hub, of the token file
         raise OSError(
             f"{repository} could not be pushed ({type(error).__name__}: {error}); nothing is lost, try again with: "
-            f"hf upload {repository} {folder} ."
+            f"hf upload {repository} {shlex.quote(str(folder))} ."
         ) from error

@@ -86,7 +86,10 @@ def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
     assert len(FrameDataset(Path(__file__).parents[1] / args.data, args.train_split)) == 56
 
 
-@pytest.mark.parametrize("option", ["--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1"])
+WRONG = ("--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1", "--push-to-hub a/b/c")
+
+
+@pytest.mark.parametrize("option", WRONG)
 def test_impossible_numbers_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         parse_args(option.split())
