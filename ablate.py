@@ -61,13 +61,13 @@ def score_unseen(model_folder: Path, frames: FrameDataset) -> float:
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: mean and range over the seeds."""
+    """Markdown: mean over the seeds, and range where there are several."""
     lines = ["| variant | held back, same drive | unseen domain |", "|---|---:|---:|"]
     for variant, columns in figures.items():
-        cells = [
-            f"{100 * statistics.mean(values):.1f} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-            for values in columns.values()
-        ]
+        cells = [f"{100 * statistics.mean(values):.1f}" for values in columns.values()]
+        if max(map(len, columns.values())) > 1:
+            ranges = [f" ({100 * min(values):.1f} to {100 * max(values):.1f})" for values in columns.values()]
+            cells = [mean + span for mean, span in zip(cells, ranges, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
