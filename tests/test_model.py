@@ -371,10 +371,13 @@ def test_gradient_checkpointing_changes_nothing(model, images, labels):
     function = model.model.vision_tower.blocks[0]._gradient_checkpointing_func
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            module._gradient_checkpointing_func = lambda *args, **kwargs: calls.append(1) or function(*args, **kwargs)
+            module._gradient_checkpointing_func = lambda *args, **kwargs: (
+                calls.append(torch.is_grad_enabled()) or function(*args, **kwargs)
+            )
     again, checkpointed = step(model, images, labels)
-    # Four vision, one text (frozen, but its prompt learns), one pixel decoder and two mask decoder layers.
-    assert len(calls) == 8 + 1  # and the text tower once more for the reference texts
+    # Four vision, one text (frozen, but its prompt learns), one pixel decoder and two mask decoder layers. Before 5.24
+    # transformers also counts the text tower for the reference texts, which has nothing to keep.
+    assert calls.count(True) == 8
     same(loss, again)
     assert gradients.keys() == checkpointed.keys()
     for name in gradients:
