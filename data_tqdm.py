@@ -213,8 +213,8 @@ def augmented(
 def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[str, Tensor | list[str]]:
     """Stacked `image` (B, h, w, 3) and `labels` (B, h, w) uint8, `size` (B, 2); lists `key` and `scene`.
 
-    mask_index (M, 2): image and class of every supervised mask; labelled (): pixels that are not ignored. Both are made
-    here, on the CPU, because on a GPU the data-dependent size would make the host wait for the device.
+    mask_index (M, 2): image and class of every supervised mask. It is made here, on the CPU, because on a GPU its
+    data-dependent size would make the host wait for the device.
     """
     class_pixels = torch.from_numpy(np.stack([sample["class_pixels"] for sample in samples]))  # (B, 255)
     return {
@@ -222,7 +222,6 @@ def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[st
         "labels": torch.stack([sample["labels"] for sample in samples]),
         "size": torch.tensor([sample["size"] for sample in samples]),
         "mask_index": class_pixels[:, :num_classes].nonzero(),
-        "labelled": class_pixels.sum(),
         "key": [sample["key"] for sample in samples],
         "scene": [sample["scene"] for sample in samples],
     }

@@ -47,7 +47,7 @@ from tqdm_seg.data_tqdm import (
 )
 from tqdm_seg.evaluate_tqdm import evaluate
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.loss_tqdm import LossCounts
+from tqdm_seg.loss_tqdm import LossCounts, count_losses
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.optimisation_tqdm import (
     convert_batch_norm,
@@ -174,10 +174,10 @@ def train_batches(
 def batch_counts(batch: dict[str, Tensor], net: TqdmForSemanticSegmentation) -> LossCounts:
     """What the losses of this batch alone would be divided by."""
     config = net.config
-    labels, queries = batch["labels"], len(batch["labels"]) * config.num_labels
-    masks = torch.tensor(float(len(batch["mask_index"])))
-    labelled = torch.tensor(float(labels.numel())) if config.score_map_loss_over == "all" else batch["labelled"]
-    return LossCounts(masks, masks + config.no_object_weight * (queries - masks), labelled)
+    return count_losses(
+        batch["mask_index"], batch["labels"], config.num_labels, config.no_object_weight, config.score_map_loss_over,
+        config.ignore_index,
+    )  # fmt: skip
 
 
 def finish_gradients(accelerator: Accelerator, model: nn.Module, limit: float) -> Tensor:
