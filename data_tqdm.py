@@ -41,8 +41,8 @@ class Frame(NamedTuple):
     labels: np.ndarray
 
 
-def decode(content: bytes, flags: int) -> np.ndarray:
-    """Pixels of a picture file, turned as its EXIF says, by OpenCV as in the published code.
+def decode(content: bytes, flags: int) -> np.ndarray | None:
+    """Pixels of a picture file, turned as its EXIF says, by OpenCV as in the published code; None if it cannot.
 
     Of a file that is cut short it may return a part without a word: for bytes whose checksum is known to be right.
     """
@@ -88,6 +88,8 @@ class FrameDataset(Dataset):
     def _read(self, row: int) -> Frame:
         image, label = read_frame(self.index, row)
         pixels, labels = decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
+        if pixels is None or pixels.shape[:2] != labels.shape:  # a kind of file that Pillow alone reads, or turns
+            pixels = decode_carefully(image)
         return Frame(self.keys[row], self.scenes[row], pixels, labels)
 
 

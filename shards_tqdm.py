@@ -285,13 +285,14 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
 def refuse_missing_shards(index: Index, split: str) -> None:
     """Raises FileNotFoundError naming the first shard of the split that is missing or of another size than recorded."""
     files, root = fsspec.core.url_to_fs(index.folder)
-    for record in index.manifest["shards"]:
-        if record["split"] != split:
-            continue
-        path = f"{root}/{record['file']}"
-        size = files.size(path) if files.exists(path) else None
-        if size != record["bytes"]:
-            found = "is missing" if size is None else f"has {size} bytes, not {record['bytes']}"
+    expected = {f"{root}/{s['file']}": s["bytes"] for s in index.manifest["shards"] if s["split"] == split}
+    try:
+        sizes = files.sizes(list(expected))  # of remote storage all are asked for at once
+    except FileNotFoundError:
+        sizes = [files.size(path) if files.exists(path) else None for path in expected]
+    for (path, wanted), size in zip(expected.items(), sizes, strict=True):
+        if size != wanted:
+            found = "is missing" if size is None else f"has {size} bytes, not {wanted}"
             raise FileNotFoundError(
                 f"{path} {found}; copy it anew, or run the prepare program again, which makes what is missing"
             )

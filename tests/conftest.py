@@ -40,6 +40,15 @@ def micro_model(tower: str = "clip", **overrides) -> TqdmForSemanticSegmentation
     return TqdmForSemanticSegmentation(micro_config(tower, **overrides)).eval()
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch computes on one thread while the tests of a module run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=["clip", "eva02"])
 def model(request) -> TqdmForSemanticSegmentation:
     """A micro model with each vision tower."""

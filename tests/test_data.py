@@ -105,6 +105,18 @@ def test_both_decoders_agree_on_every_kind_of_picture(tmp_path):
         decode_carefully(grey[: len(grey) // 2])
 
 
+def test_what_opencv_does_not_read_is_left_to_pillow(folder, monkeypatch):
+    frames = FrameDataset(str(folder), "validation")
+    expected, original = frames[0], decode
+    frames.cache = None
+
+    def blind(content, flags):
+        return original(content, flags) if flags == cv2.IMREAD_UNCHANGED else None
+
+    monkeypatch.setattr("tqdm_seg.data_tqdm.decode", blind)
+    assert np.array_equal(frames[0].image, expected.image)
+
+
 def test_evaluation_frames_are_divided_without_loss_or_repeat(folder):
     frames = FrameDataset(str(folder), "train")
     for processes in (1, 2, 3, 5):

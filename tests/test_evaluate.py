@@ -35,15 +35,7 @@ from tqdm_seg.shards_tqdm import read_manifest
 from tqdm_seg.tables_tqdm import read_table
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order, as torchrun has them, too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, as torchrun has them, too
 
 
 @pytest.fixture(scope="module")

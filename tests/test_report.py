@@ -28,16 +28,8 @@ from tqdm_seg.results_tqdm import percent
 from tqdm_seg.tables_tqdm import FrameTable, read_table
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.usefixtures("one_thread")  # several wait for each other on images this small
 VOID = {"meta", "img", "br", "hr", "link"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several would wait for each other most of the time on images this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
