@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from PIL import Image, ImageDraw, ImageFont
 
 from tqdm_seg.configuration_tqdm import PRESETS
-from tqdm_seg.data_tqdm import Frame, FrameDataset, PlainRows, frame_loader
+from tqdm_seg.data_tqdm import Frame, FrameDataset, PlainRows
 from tqdm_seg.evaluate_tqdm import predict_frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
@@ -54,13 +54,16 @@ def draw_frames(
     total: int,
 ) -> Iterator[tuple[str, Image.Image]]:  # fmt: skip
     """Name and drawing of `count` of the `total` frames, evenly spread."""
-    chosen = set(np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist())
+    chosen = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
     model.eval()
-    for index, frame in enumerate(frame_loader(frames, 0)):
-        if index in chosen:
-            prediction, _ = predict_frame(model, processor, frame)
-            name = f"{index:04d}_{Path(frame.key).stem}"
-            yield name, draw_comparison(frame, prediction.cpu().numpy(), model.config.id2label)
+    if isinstance(frames, FrameDataset):
+        numbered = ((index, frames[index]) for index in chosen)
+    else:  # which has to be read through
+        numbered = ((index, frame) for index, frame in enumerate(frames.frames()) if index in chosen)
+    for index, frame in numbered:
+        prediction, _ = predict_frame(model, processor, frame)
+        name = f"{index:04d}_{Path(frame.key).stem}"
+        yield name, draw_comparison(frame, prediction.cpu().numpy(), model.config.id2label)
 
 
 # -- the model card -------------------------------------------------------------------------------------
