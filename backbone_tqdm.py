@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmVisionConfig
-from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block
+from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block, kept
 
 
 class SwiGlu(nn.Module):
@@ -104,6 +104,24 @@ def resize_positions(table: Tensor, h: int, w: int, tower: str) -> Tensor:
     return torch.cat((table[:1], patches.to(table.dtype)))
 
 
+@kept
+def rotary_positions(
+    h: int, w: int, head_size: int, grid: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin (N, head size) of EVA02's 2-D rotary positions: first half by row, second half by column.
+
+    Positions run over 0 ... grid whatever the size of the map, so that any input size looks like pre-training's.
+    """
+    half = head_size // 2
+    frequencies = float(theta) ** -(torch.arange(0, half, 2, device=device).float() / half)  # (half / 2)
+    rows, columns = (
+        (torch.arange(n, device=device) / n * grid)[:, None] * frequencies for n in (h, w)
+    )  # (h, half / 2), (w, half / 2)
+    rows, columns = rows.repeat_interleave(2, 1), columns.repeat_interleave(2, 1)  # (h, half), (w, half)
+    angles = torch.cat((rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)), -1).flatten(0, 1)
+    return angles.cos(), angles.sin()  # (N, head size)
+
+
 class TqdmVisionModel(TqdmBaseModel):
     """Image -> four feature maps for the pixel decoder, and all tokens in the image-text space."""
 
@@ -152,23 +170,10 @@ class TqdmVisionModel(TqdmBaseModel):
         return resize_positions(self.position_embedding, h, w, self.config.tower)
 
     def rotary(self, h: int, w: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (N, head size) of EVA02's 2-D rotary positions: first half by row, second half by column.
-
-        Positions run over 0 ... rope_grid whatever the grid, so that any input size looks like pre-training's.
-        """
-        config, device = self.config, self.position_embedding.device
-        half = config.hidden_size // config.num_attention_heads // 2
-        frequencies = float(config.rope_theta) ** -(
-            torch.arange(0, half, 2, device=device).float() / half
-        )  # (half / 2)
-        rows, columns = (
-            (torch.arange(n, device=device) / n * config.rope_grid)[:, None] * frequencies for n in (h, w)
-        )  # (h, half / 2), (w, half / 2)
-        rows, columns = rows.repeat_interleave(2, 1), columns.repeat_interleave(2, 1)  # (h, half), (w, half)
-        angles = torch.cat((rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)), -1).flatten(
-            0, 1
-        )  # (N, head size)
-        return angles.cos(), angles.sin()
+        """EVA02's rotary positions of a patch grid, see `rotary_positions`."""
+        config = self.config
+        size = config.hidden_size // config.num_attention_heads
+        return rotary_positions(h, w, size, config.rope_grid, config.rope_theta, self.position_embedding.device)
 
     def forward(self, pixel_values: Tensor, with_pyramid: bool = True) -> tuple[list[Tensor], Tensor]:
         """pixel_values (B, 3, H, W) -> four maps, fine to coarse, and tokens (B, 1 + N, E), the image's token first.

@@ -141,6 +141,7 @@ class TqdmConfig(PreTrainedConfig):
 
     id2label: class names by id, 0 ... K-1. They are the queries: to have other classes, edit this map.
     token_ids: CLIP token ids by text, filled in for new names (see `resolve_token_ids`).
+    frozen_texts: class names of a model without text tower, set by its `freeze_text()`.
     Presets: `TqdmConfig.from_preset("clip_vit_b16" | "eva02_clip_l14" | "eva02_clip_b16" | "tiny")`.
     """
 
@@ -153,6 +154,7 @@ class TqdmConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     token_ids: dict[str, list[int]] | None = None
+    frozen_texts: list[str] | None = None
 
     hidden_size: int = 256
     group_norm_groups: int = 32
@@ -192,9 +194,10 @@ class TqdmConfig(PreTrainedConfig):
     reference_prompt: str = REFERENCE_PROMPT
 
     # Sliding-window inference: side and stride in pixels, windows per forward pass. window_size None: whole image.
+    # window_batch_size None: 8, but on a CPU 1, where larger batches only leave its caches.
     window_size: int | None = 512
     window_stride: int = 341
-    window_batch_size: int = 4
+    window_batch_size: int | None = None
 
     def __post_init__(self, **kwargs):
         """Builds the sub-configurations and the class list, and looks up the token ids of the class names."""
@@ -284,7 +287,7 @@ class TqdmConfig(PreTrainedConfig):
                 f"window_stride {self.window_stride} would leave gaps between windows of {self.window_size}; use a "
                 f"stride from 1 to {self.window_size}"
             )
-        if self.window_batch_size < 1:
+        if self.window_batch_size is not None and self.window_batch_size < 1:
             raise ValueError(f"window_batch_size {self.window_batch_size} must be at least 1")
         if not 0 <= self.importance_sample_ratio <= 1 or self.oversample_ratio < 1:
             raise ValueError(

@@ -2,6 +2,8 @@
 
 import importlib
 import math
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -10,6 +12,21 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+
+
+def kept(make: Callable) -> Callable:
+    """Decorator: what `make` computes from sizes and a device alone is kept for its last few arguments.
+
+    The tensors must not be changed in place. While a graph is traced nothing is kept, for the values are of the graph.
+    """
+    # Outside of inference mode, whose tensors could not be used in training afterwards.
+    remembered = lru_cache(maxsize=6)(torch.inference_mode(False)(torch.no_grad()(make)))
+
+    @wraps(make)
+    def look_up(*args: Any) -> Any:
+        return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+
+    return look_up
 
 
 class TqdmBaseModel(PreTrainedModel):

@@ -14,6 +14,11 @@ from .layers_tqdm import FeedForward, TqdmAttention, additive_mask
 from .pixel_decoder_tqdm import NUM_LEVELS, sine_positions
 
 
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """maps (B, C, h, w) at another size, bilinear."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
 class MaskDecoderLayer(GradientCheckpointingLayer):
     """Post-norm: queries look at the pixels of their masks, then at each other, then think."""
 
@@ -61,22 +66,31 @@ class MaskDecoder(nn.Module):
         init.normal_(self.query_positions)
         init.normal_(self.level_embedding)
 
+    def mask_logits(self, queries: Tensor, pixels: Tensor) -> Tensor:
+        """queries (B, K, C) after the last norm, pixels (B, C, h, w) -> mask logits (B, K, h, w)."""
+        weights, *bias = self.mask_head(queries).split(pixels.shape[1], -1)  # (B, K, C); a bias only where folded
+        # Pixels first: with channels side by side in memory, as they are after fusing, bfloat16 needs no copy of them.
+        logits = (pixels.flatten(2).transpose(1, 2) @ weights.transpose(1, 2)).transpose(1, 2)  # (B, K, h w)
+        return (logits + bias[0] if bias else logits).unflatten(2, pixels.shape[-2:])
+
     def predict(self, queries: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """queries (B, K, C), pixels (B, C, h, w) -> class logits (B, K, K + 1), mask logits (B, K, h, w)."""
         queries = self.post_norm(queries)
-        return self.class_head(queries), torch.einsum("bkc,bchw->bkhw", self.mask_head(queries), pixels)
+        return self.class_head(queries), self.mask_logits(queries, pixels)
 
-    def attention_mask(self, mask_logits: Tensor, size: tuple[int, int]) -> Tensor:
-        """Where each query may look on a level of this size: additive (B, 1, K, N), open where its mask is over 0."""
-        coarse = F.interpolate(mask_logits.detach(), size, mode="bilinear", align_corners=False)
-        blocked = coarse.flatten(2) < 0  # (B, K, N); sigmoid below one half
+    def attention_mask(self, coarse: Tensor) -> Tensor:
+        """Where each query may look, from its mask (B, K, h, w) on a level: additive (B, 1, K, N), open over 0."""
+        blocked = coarse.detach().flatten(2) < 0  # (B, K, N); sigmoid below one half
         blocked = blocked & ~blocked.all(-1, keepdim=True)  # a query with an empty mask looks everywhere
-        return additive_mask(blocked, mask_logits.dtype)
+        return additive_mask(blocked, coarse.dtype)
 
-    def forward(self, text: Tensor, pixels: Tensor, pyramid: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def forward(
+        self, text: Tensor, pixels: Tensor, pyramid: list[Tensor], all_layers: bool = True
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """text (B, K, E), pixels (B, C, h, w), pyramid 3 x (B, C, h, w) coarse to fine -> class and mask logits.
 
-        Two lists of num_layers + 1 predictions, from the bare queries to the last layer.
+        Two lists of num_layers + 1 predictions, from the bare queries to the last layer. With all_layers=False of the
+        last one alone: the others only steer attention, and for that their masks are made at the size of a level.
         """
         queries = self.text_proj(text)  # (B, K, C)
         sizes = [tuple(level.shape[-2:]) for level in pyramid]
@@ -88,11 +102,18 @@ class MaskDecoder(nn.Module):
             value + sine_positions(*size, value.shape[-1], value.device).to(value.dtype)
             for value, size in zip(values, sizes, strict=True)
         ]
-        predictions = [self.predict(queries, pixels)]
+        predictions = []
+        if not all_layers:
+            # Resizing is linear, so a mask of resized pixels is the resized mask.
+            coarse_pixels = [resized(pixels, size) for size in sizes]
         for index, layer in enumerate(self.layers):
             level = index % NUM_LEVELS
-            attention_mask = self.attention_mask(predictions[-1][1], sizes[level])
-            queries = layer(queries, self.query_positions, keys[level], values[level], attention_mask)
-            predictions.append(self.predict(queries, pixels))
+            if all_layers:
+                predictions.append(self.predict(queries, pixels))
+                coarse = resized(predictions[-1][1].detach(), sizes[level])
+            else:
+                coarse = self.mask_logits(self.post_norm(queries), coarse_pixels[level])
+            queries = layer(queries, self.query_positions, keys[level], values[level], self.attention_mask(coarse))
+        predictions.append(self.predict(queries, pixels))
         class_logits, mask_logits = zip(*predictions, strict=True)
         return list(class_logits), list(mask_logits)

@@ -11,7 +11,10 @@ E image-text width, H, W image, h, w feature map, L predictions (bare queries, t
 M supervised masks.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +24,8 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
-from .layers_tqdm import TqdmBaseModel
+from .fusion_tqdm import expansion_of, fold_activation, head_with_pixels
+from .layers_tqdm import FeedForward, TqdmBaseModel
 from .loss_tqdm import (
     LossCounts,
     check_labels,
@@ -49,9 +53,9 @@ MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanti
 class TqdmModelOutput(ModelOutput):
     """Raw predictions; class and mask logits start with the bare queries and end with the last layer.
 
-    class_logits (B, L, K, K + 1): the last column is "no object".
+    class_logits (B, L, K, K + 1): the last column is "no object". L is 1 where only the last layer was asked for.
     mask_logits (B, L, K, h, w): at a quarter of the image, before the sigmoid.
-    score_map (B, K, h, w): cosine of every patch with every class text.
+    score_map (B, K, h, w): cosine of every patch with every class text; only with all layers.
     text_embeddings (B, K, E): the textual queries after the context decoder.
     image_embedding (B, E): the image in the image-text space, not normalised.
     """
@@ -105,17 +109,24 @@ class TqdmModel(TqdmPreTrainedModel):
         return self.vision_tower.get_input_embeddings()
 
     @can_return_tuple
-    def forward(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> TqdmModelOutput:
-        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, or none."""
+    def forward(
+        self, pixel_values: Tensor, encoded_text: Tensor | None = None, all_layers: bool = True
+    ) -> TqdmModelOutput:
+        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, or none.
+
+        all_layers=False: only the last layer's predictions, which is what inference needs and takes less time.
+        """
         features, tokens = self.vision_tower(pixel_values)  # 4 x (B, D, h, w), (B, 1 + N, E)
         text = self.text_queries(tokens, encoded_text)  # (B, K, E)
         pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
-        class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid)  # L x (B, K, K + 1), L x (B, K, 4h, 4w)
-        patches = F.normalize(tokens[:, 1:], dim=-1)  # (B, N, E)
-        score_map = (F.normalize(text, dim=-1) @ patches.transpose(1, 2)).unflatten(2, features[2].shape[-2:])
+        class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid, all_layers)
+        score_map = None
+        if all_layers:
+            patches = F.normalize(tokens[:, 1:], dim=-1)  # (B, N, E)
+            score_map = (F.normalize(text, dim=-1) @ patches.transpose(1, 2)).unflatten(2, features[2].shape[-2:])
         return TqdmModelOutput(
-            class_logits=torch.stack(class_logits, 1),
-            mask_logits=torch.stack(mask_logits, 1),
+            class_logits=torch.stack(class_logits, 1),  # L x (B, K, K + 1) -> (B, L, K, K + 1)
+            mask_logits=torch.stack(mask_logits, 1),  # L x (B, K, h, w) -> (B, L, K, h, w)
             score_map=score_map,
             text_embeddings=text,
             image_embedding=tokens[:, 0],
@@ -136,6 +147,57 @@ def window_corners(height: int, width: int, size: int, stride: int) -> list[tupl
     return [(row, column) for row in rows for column in columns]
 
 
+def slide(
+    score: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    num_labels: int,
+    window_size: int,
+    window_stride: int,
+    window_batch_size: int,
+) -> Tensor:
+    """Scores (B, K, H, W) of pixel_values (B, 3, H, W), averaged over windows.
+
+    score: windows (n, 3, h, w) -> (n, K, h, w). A side smaller than the window is used as it is. Windows of an image go
+    through `score` window_batch_size at once.
+    """
+    batch, _, height, width = pixel_values.shape
+    rows, columns = min(window_size, height), min(window_size, width)
+    scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
+    hits = torch.zeros(height, width, device=pixel_values.device)
+    corners = window_corners(height, width, window_size, window_stride)
+    for start in range(0, len(corners), window_batch_size):
+        chunk = corners[start : start + window_batch_size]
+        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
+        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
+            scores[..., y : y + rows, x : x + columns] += part
+            hits[y : y + rows, x : x + columns] += 1
+    return scores.div_(hits)
+
+
+def average_views(
+    score_view: Callable[[Tensor], Tensor],
+    views: list[Tensor],
+    size: tuple[int, int],
+    flip: bool = False,
+    softmax_views: bool = False,
+) -> Tensor:
+    """Scores (B, K, h, w) at `size`, averaged over views (B, 3, H, W) and with `flip` over their mirror images.
+
+    score_view: a view -> its scores (B, K, H, W). softmax_views: see `TqdmForSemanticSegmentation.segment`.
+    """
+    total = None
+    for view in views:
+        for mirrored in (False, True)[: 1 + flip]:
+            scores = score_view(view.flip(-1) if mirrored else view).float()
+            if tuple(scores.shape[-2:]) != tuple(size):
+                scores = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)
+            scores = scores.softmax(1) if softmax_views else scores
+            scores = scores.flip(-1) if mirrored else scores
+            total = scores if total is None else total.add_(scores)
+    count = len(views) * (1 + flip)
+    return total if count == 1 else total.div_(count)
+
+
 def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn.Parameter:
     """A parameter of rows: those of `values` with these numbers, and those of `fresh` where the number is None."""
     parts = [fresh[new] if old is None else values[old] for new, old in enumerate(rows)]
@@ -151,6 +213,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
     def __init__(self, config: TqdmConfig):
         super().__init__(config)
         self.model = TqdmModel(config)
+        self.fused = False
         self.post_init()
 
     @can_return_tuple
@@ -164,6 +227,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         loss_counts: LossCounts | None = None,
         output_logits: bool = True,
         use_windows: bool | None = None,
+        all_layers: bool | None = None,
     ) -> TqdmSemanticSegmenterOutput:
         """Predict, and with labels compute the losses.
 
@@ -175,6 +239,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         output_logits: False leaves out the full-size scores, which training does not need.
         use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
         labels, where the image is larger than `config.window_size`.
+        all_layers: raw predictions of every layer, by default only in training mode and with labels.
         Raises ValueError for labels of another size, unknown ids, or an image under two patches a side.
         """
         height, width = pixel_values.shape[-2:]
@@ -186,7 +251,8 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
 
         if labels is not None:
             check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
-        outputs = self.model(pixel_values)
+            all_layers = True
+        outputs = self.model(pixel_values, all_layers=self.training if all_layers is None else all_layers)
         terms = None
         if labels is not None:
             terms = self.compute_losses(
@@ -271,38 +337,100 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         covered = self.model.vision_tower.padded_size(height, width)
         return F.interpolate(scores, covered, mode="bilinear", align_corners=False)[..., :height, :width]
 
+    def score(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
+        """Scores (B, K, H, W) of images (B, 3, H, W) as they are, without windows; arguments as in `TqdmModel`."""
+        outputs = self.model(pixel_values, encoded_text, all_layers=False)
+        scores = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
+        return self._full_size(scores, *pixel_values.shape[-2:])
+
     def window_scores(self, pixel_values: Tensor) -> Tensor:
         """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
 
-        A side smaller than the window is used as it is. `config.window_batch_size` windows of an image go through the
-        model at once, and the class names through the text tower once.
+        The class names go through the text tower once.
         """
-        config = self.config
-        batch, _, height, width = pixel_values.shape
-        rows, columns = min(config.window_size, height), min(config.window_size, width)
-        encoded = self.model.text_queries.encode()  # (K, E)
-        scores = torch.zeros(batch, config.num_labels, height, width, device=pixel_values.device)
-        hits = torch.zeros(height, width, device=pixel_values.device)
-        corners = window_corners(height, width, config.window_size, config.window_stride)
-        for start in range(0, len(corners), config.window_batch_size):
-            chunk = corners[start : start + config.window_batch_size]
-            windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
-            outputs = self.model(windows, encoded)
-            small = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
-            parts = self._full_size(small, rows, columns).split(batch)
-            for (y, x), part in zip(chunk, parts, strict=True):
-                scores[..., y : y + rows, x : x + columns] += part
-                hits[y : y + rows, x : x + columns] += 1
-        return scores / hits
+        config, encoded = self.config, self.model.text_queries.encode()  # (K, E)
+        return slide(
+            lambda windows: self.score(windows, encoded), pixel_values, config.num_labels, config.window_size,
+            config.window_stride, self.window_batch_size(pixel_values.device),
+        )  # fmt: skip
+
+    def window_batch_size(self, device: torch.device) -> int:
+        """Windows per forward pass, see `TqdmConfig`."""
+        return self.config.window_batch_size or (1 if device.type == "cpu" else 8)
+
+    def freeze_text(self) -> None:
+        """Stores the encoded class texts and drops the text tower, in place: half the size, the same predictions.
+
+        It saves and loads like any other model. What it can no longer do raises ValueError: train, and take class names
+        that it did not have.
+        """
+        if self.config.frozen_texts is None:
+            self.model.text_queries.freeze()
+
+    @contextmanager
+    def texts_kept(self) -> Iterator[None]:
+        """Encodes the class texts once for all that is predicted inside, where the weights must not change."""
+        queries, encode = self.model.text_queries, self.model.text_queries.encode
+        encoded = encode()
+        queries.encode = lambda: encoded
+        try:
+            yield
+        finally:
+            del queries.encode
+
+    @torch.no_grad()
+    def fuse_for_inference(self) -> None:
+        """Folds layers that follow one another into one, in place: a tenth fewer products, the same predictions.
+
+        The feature pyramid's transposed convolutions with BatchNorm and the pixel decoder's first convolutions; the
+        pixel decoder's last convolution with the mask head; the factors of the activations with their layers. Scores
+        stay within rounding (1e-4). Such a model cannot be trained or saved: do that before, and fuse what was loaded.
+        Raises ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("fuse_for_inference() fixes the batch statistics; call model.eval() first")
+        if self.fused:
+            return
+        pyramid, pixels, head = self.model.vision_tower.pyramid, self.model.pixel_decoder, self.model.mask_decoder
+        pyramid.up4[0] = expansion_of(pyramid.up4[0], norm=pyramid.up4[1])
+        pyramid.up4[3] = expansion_of(pyramid.up4[3], pointwise=pixels.lateral.conv)
+        pyramid.up2 = expansion_of(pyramid.up2, pointwise=pixels.inputs[-1].conv)
+        pyramid.up4[1] = pixels.lateral.conv = pixels.inputs[-1].conv = nn.Identity()
+        pixels.output.to(memory_format=torch.channels_last)  # as the maps lie after PatchExpansion
+        head.mask_head[-1] = head_with_pixels(head.mask_head[-1], pixels.mask_features)
+        pixels.mask_features = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                fold_activation(module)
+        self.requires_grad_(False)
+        self.fused = True
+
+    def train(self, mode: bool = True) -> "TqdmForSemanticSegmentation":
+        """Raises ValueError for training mode after `fuse_for_inference`."""
+        if mode and self.fused:
+            raise ValueError("fuse_for_inference() folded layers for good; train the model before, or load it again")
+        return super().train(mode)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; raises ValueError after `fuse_for_inference`."""
+        if self.fused:
+            raise ValueError(
+                "fuse_for_inference() folded layers for good; save the model before, and fuse what is loaded"
+            )
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Another class list, in place. What was learned for classes that keep their name stays, the rest starts anew.
 
         A class is its text, a query position, a text position and a row of the class head; nothing else depends on it.
-        Raises ValueError for a list that `TqdmConfig` refuses, and for names too long for the position table.
+        Raises ValueError for a list that `TqdmConfig` refuses, for names too long for the position table, and for new
+        names after `freeze_text`.
         """
         before = self.config.class_names
+        if self.config.frozen_texts is not None and not set(id2label.values()) <= set(before):
+            new = sorted(set(id2label.values()) - set(before))
+            raise ValueError(f"this model has no text tower for {new}, only {before}; take the one it was made from")
         self.config.set_classes(id2label)
         rows = [before.index(name) if name in before else None for name in self.config.class_names]
         pixel_decoder, mask_decoder = self.model.pixel_decoder, self.model.mask_decoder
@@ -318,7 +446,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         head, fresh = mask_decoder.class_head, nn.Linear(width, len(rows))
         head.weight, head.bias = with_rows(head.weight, rows, fresh.weight), with_rows(head.bias, rows, fresh.bias)
         head.out_features = len(rows)
-        self.model.text_queries.set_texts()
+        self.model.text_queries.set_texts(rows[:-1])
 
     @torch.inference_mode()
     def segment(
@@ -341,14 +469,19 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
             raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
         views = [views] if isinstance(views, Tensor) else views
         size = views[0].shape[-2:] if size is None else size
-        total = 0
-        for view in views:
-            for mirrored in (False, True)[: 1 + flip]:
-                scores = self(view.flip(-1) if mirrored else view).logits.float()
-                scores = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)
-                scores = scores.softmax(1) if softmax_views else scores
-                total = total + (scores.flip(-1) if mirrored else scores)
-        return total / (len(views) * (1 + flip))
+        return average_views(lambda view: self(view).logits, views, size, flip, softmax_views)
+
+    @torch.inference_mode()
+    def segment_labels(
+        self,
+        views: Tensor | list[Tensor],
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+        softmax_views: bool = False,
+    ) -> Tensor:
+        """Class ids (B, h, w) int64; arguments as in `segment`."""
+        # On CPUs argmax over the classes would take four times as long.
+        return self.segment(views, size, flip, softmax_views).max(1).indices
 
 
 __all__ = [

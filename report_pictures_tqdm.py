@@ -20,7 +20,7 @@ from tqdm_seg.data_tqdm import Frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.inference_tqdm import Inference, predict
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, window_corners
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, slide
 from tqdm_seg.visualise_tqdm import tinted
 
 WIDTH = 480  # of a picture in pixels
@@ -100,19 +100,16 @@ def draw_score_maps(
 @torch.inference_mode()
 def text_scores(model: TqdmForSemanticSegmentation, pixel_values: Tensor) -> Tensor:
     """pixel_values (1, 3, H, W) -> cosines with the class texts (1, K, H, W), averaged over the model's windows."""
-    height, width = pixel_values.shape[-2:]
-    window = model.config.window_size or max(height, width)
-    rows, columns = min(window, height), min(window, width)
-    total = pixel_values.new_zeros(model.config.num_labels, height, width)
-    hits = pixel_values.new_zeros(height, width)
+    window = model.config.window_size or max(pixel_values.shape[-2:])
     encoded = model.model.text_queries.encode()  # (K, E)
-    covered = model.model.vision_tower.padded_size(rows, columns)
-    corners = window_corners(height, width, window, model.config.window_stride)
-    for start in range(0, len(corners), model.config.window_batch_size):
-        chunk = corners[start : start + model.config.window_batch_size]
-        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
+
+    def score(windows: Tensor) -> Tensor:
+        rows, columns = windows.shape[-2:]
+        covered = model.model.vision_tower.padded_size(rows, columns)
         maps = F.interpolate(model.model(windows, encoded).score_map.float(), covered, mode="bilinear")
-        for (y, x), part in zip(chunk, maps, strict=True):
-            total[:, y : y + rows, x : x + columns] += part[:, :rows, :columns]
-            hits[y : y + rows, x : x + columns] += 1
-    return (total / hits)[None]
+        return maps[..., :rows, :columns]
+
+    return slide(
+        score, pixel_values, model.config.num_labels, window, model.config.window_stride,
+        model.window_batch_size(pixel_values.device),
+    )  # fmt: skip

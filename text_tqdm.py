@@ -143,20 +143,34 @@ class TextualQueries(nn.Module):
     def __init__(self, config: TqdmConfig):
         super().__init__()
         self.config = config
-        self.text_tower = TqdmTextModel._from_config(config.text_config)
         width, embedding = config.text_config.hidden_size, config.text_config.projection_dim
+        self.context_decoder = ContextDecoder(config)
+        self.gamma = nn.Parameter(torch.empty(embedding))
+        if config.frozen_texts is not None:
+            if config.frozen_texts != config.class_names:
+                raise ValueError(
+                    f"this model was saved without its text tower, for {config.frozen_texts} only; load it with these "
+                    f"and choose with set_classes(), or take the whole model for {config.class_names}"
+                )
+            self.register_buffer("encoded", torch.empty(config.num_labels, embedding))  # (K, E)
+            return
+        self.text_tower = TqdmTextModel._from_config(config.text_config)
         # Modules, so that their rows can be asked for outside of this module's own forward wherever they lie: the
         # learned prompt, or in the ablation without class texts a learned vector for every class.
         if config.queries == "textual":
             self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
         else:
             self.class_vectors = nn.Embedding(config.num_labels, embedding)
-        self.context_decoder = ContextDecoder(config)
-        self.gamma = nn.Parameter(torch.empty(embedding))
         self.set_texts()
 
-    def set_texts(self) -> None:
-        """Looks up the token ids of the class list. Not saved: the configuration holds the ids."""
+    def set_texts(self, rows: list[int | None] | None = None) -> None:
+        """Looks up the token ids of the class list, which are not saved: the configuration holds them.
+
+        rows: of every class, where it was in the list before; needed where the texts are frozen.
+        """
+        if self.config.frozen_texts is not None:
+            self.encoded, self.config.frozen_texts = self.encoded[rows], self.config.class_names
+            return
         self.config.resolve_token_ids()  # the class list may have been edited since the configuration was made
         device = self.gamma.device
         self.register_buffer("class_ids", self._table(False).to(device), persistent=False)  # (K, L)
@@ -183,23 +197,43 @@ class TextualQueries(nn.Module):
 
         Runs after construction and after loading, where the weights stay, the token ids return and the tower freezes.
         """
+        init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
+        if self.config.frozen_texts is not None:
+            init.zeros_(self.encoded)
+            return
         if self.config.queries == "textual":
             init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
-        init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
         init.copy_(self.class_ids, self._table(False))
         init.copy_(self.reference_ids, self._table(True))
         # Here and not in the constructor: loading replaces the parameters, and with them what was set on them.
         self.text_tower.requires_grad_(False)
 
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Stores what `encode` gives and drops what made it."""
+        encoded = self.encode().detach().clone()
+        for part in ("text_tower", "prompt", "class_vectors", "class_ids", "reference_ids"):
+            if hasattr(self, part):
+                delattr(self, part)
+        self.register_buffer("encoded", encoded)
+        self.config.frozen_texts = self.config.class_names
+
     def encode(self) -> Tensor:
         """Embeddings (K, E) of the prompted class names, before any image is seen."""
+        if self.config.frozen_texts is not None:
+            return self.encoded
         table = self.prompt if self.config.queries == "textual" else self.class_vectors
         rows = table(torch.arange(table.num_embeddings, device=self.class_ids.device))
         return self.text_tower(self.class_ids, rows) if self.config.queries == "textual" else rows
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:
-        """Unit-length embeddings (K, E) of the reference texts without learned prompt, for the textual regulariser."""
+        """Unit-length embeddings (K, E) of the reference texts without learned prompt, for the textual regulariser.
+
+        Raises ValueError once the texts are frozen.
+        """
+        if self.config.frozen_texts is not None:
+            raise ValueError("freeze_text() dropped the text tower, which training needs; train the model it came from")
         return F.normalize(self.text_tower(self.reference_ids), dim=-1)
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.convert_checkpoint import convert_published
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, semantic_scores
-from tqdm_seg.pixel_decoder_tqdm import sine_positions
+from tqdm_seg.pixel_decoder_tqdm import cell_centres, sine_positions
 from tqdm_seg.reference_tqdm import FrozenReference
 
 PACKS = Path(__file__).parent / "packs"
@@ -186,7 +186,7 @@ def trace(model: TqdmForSemanticSegmentation, image: Tensor) -> tuple[dict[str, 
     handles.append(core.pixel_decoder.layers[0].register_forward_pre_hook(lambda m, args: pixel.update(first=args)))
     try:
         with torch.no_grad():
-            outputs = model(image, use_windows=False)
+            outputs = model(image, use_windows=False, all_layers=True)
             features["text_embedding_raw"] = core.text_queries.encode()
     finally:
         for handle in handles:
@@ -199,9 +199,9 @@ def trace(model: TqdmForSemanticSegmentation, image: Tensor) -> tuple[dict[str, 
     features["visual_embedding"] = tokens[:, 1:].transpose(1, 2).unflatten(2, maps[2].shape[-2:])
     features["text_embedding"] = outputs.text_embeddings
     features["score_map"] = outputs.score_map
-    pixels, positions, centres, _, text, _ = pixel["first"]
-    features |= {"pd_encoder_input": pixels, "pd_query_pos": positions[0], "pd_reference_points": centres}
-    features["pd_text_key"] = text
+    pixels, positions, _, text, sizes = pixel["first"]
+    features |= {"pd_encoder_input": pixels, "pd_query_pos": positions[0], "pd_text_key": text}
+    features["pd_reference_points"] = cell_centres(sizes, pixels.device)
     features["pd_mask_features"], pyramid = pixel["out"]
     for i, level in enumerate(pyramid):
         features[f"pd_out_{i}"] = level
@@ -236,6 +236,22 @@ def compare_inference(pack: Pack) -> list[Row]:
                 golden = pack.golden[key].bool()
                 opened = golden & ~golden.all(-1, keepdim=True)  # stored before empty rows are opened
                 rows.append(Row(key, float((opened != features[name]).sum()), 0.0, 0.0, False))
+    rows += compare_scores(pack, model)
+    model.freeze_text()
+    model.fuse_for_inference()
+    for row in compare_scores(pack, model):
+        row.name += ", frozen and fused"
+        rows.append(row)
+    return rows
+
+
+def compare_scores(pack: Pack, model: TqdmForSemanticSegmentation) -> list[Row]:
+    """What inference alone computes: scores of whole images, sliding windows, flip and scales."""
+    rows = []
+    for case in ("eval_native", "eval_rect"):
+        if f"{case}/image" in pack.golden:
+            with torch.inference_mode():
+                rows.append(pack.compare(f"{case}/semantic", model.score(pack.golden[f"{case}/image"]), LOGIT))
     if "slide/image" in pack.golden:
         image = pack.golden["slide/image"]
         rows.append(pack.compare("slide/logits", model.segment(image), LOGIT))

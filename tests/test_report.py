@@ -189,7 +189,7 @@ def test_score_maps_are_those_of_the_model_and_average_over_windows():
     model, processor = micro_model(window_size=None), TqdmImageProcessor()
     pixels = torch.randn(1, 3, 40, 44, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        whole = model(pixels).score_map
+        whole = model(pixels, all_layers=True).score_map
     resized = torch.nn.functional.interpolate(whole, (40, 48), mode="bilinear")[..., :44]
     torch.testing.assert_close(text_scores(model, pixels), resized)
     model.config.window_size, model.config.window_stride, model.config.window_batch_size = 32, 20, 3
@@ -197,7 +197,7 @@ def test_score_maps_are_those_of_the_model_and_average_over_windows():
     for y in (0, 8):
         for x in (0, 12):
             with torch.no_grad():
-                part = model(pixels[..., y : y + 32, x : x + 32]).score_map
+                part = model(pixels[..., y : y + 32, x : x + 32], all_layers=True).score_map
             total[..., y : y + 32, x : x + 32] += torch.nn.functional.interpolate(part, (32, 32), mode="bilinear")
             hits[y : y + 32, x : x + 32] += 1
     torch.testing.assert_close(text_scores(model, pixels), total / hits, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,224 @@
+"""What makes inference faster changes nothing that it computes, and says what it can no longer do."""
+
+import copy
+
+import pytest
+import torch
+from conftest import micro_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForSemanticSegmentation
+
+from tqdm_seg.configuration_tqdm import TqdmConfig
+from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.layers_tqdm import FeedForward, kept
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, window_corners
+from tqdm_seg.pixel_decoder_tqdm import sample_by_bags, sample_by_grid, sine_positions
+from tqdm_seg.publish_tqdm import save_model_folder
+
+
+@pytest.fixture
+def settled(model, images) -> TqdmForSemanticSegmentation:
+    """A model whose batch statistics are not those of the start, so that forgetting them shows."""
+    torch.manual_seed(3)
+    norm = model.model.vision_tower.pyramid.up4[1]
+    for values, low, high in ((norm.weight, 0.5, 2), (norm.bias, -1, 1), (norm.running_mean, -1, 1)):
+        torch.nn.init.uniform_(values, low, high)
+    torch.nn.init.uniform_(norm.running_var, 0.5, 2)
+    torch.nn.init.uniform_(model.model.pixel_decoder.mask_features.bias, -1, 1)
+    return model
+
+
+@torch.no_grad()
+def test_fused_scores_are_the_same(settled, images):
+    before = settled.score(images)
+    settled.fuse_for_inference()
+    assert sum(isinstance(part, PatchExpansion) for part in settled.modules()) == 3
+    torch.testing.assert_close(settled.score(images), before, rtol=0, atol=1e-5)
+    # Raw predictions of every layer come from the same folded parts.
+    raw = settled(images, all_layers=True)
+    assert raw.mask_logits.shape[1] == settled.config.mask_decoder_layers + 1
+    again = settled.score(images)
+    settled.fuse_for_inference()  # a second time changes nothing
+    torch.testing.assert_close(settled.score(images), again, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_fusing_leaves_fewer_products():
+    model = micro_model()
+    image = torch.randn(1, 3, 32, 32)
+
+    def products() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model.score(image)
+        return counter.get_total_flops()
+
+    before = products()
+    model.fuse_for_inference()
+    assert products() < 0.95 * before
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "relu", "gelu"])
+def test_feed_forward_keeps_its_values_and_gradients_when_folded(activation):
+    torch.manual_seed(0)
+    plain = FeedForward(16, 32, activation)
+    folded = copy.deepcopy(plain)
+    with torch.no_grad():
+        fold_activation(folded)
+    x = torch.randn(2, 5, 16)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    for ffn, value in zip((plain, folded), inputs, strict=True):
+        ffn(value).square().sum().backward()
+    torch.testing.assert_close(folded(x), plain(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fused_model_is_neither_trained_nor_saved(settled, images, labels, tmp_path):
+    trained = copy.deepcopy(settled).train()
+    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
+        trained.fuse_for_inference()
+    settled.fuse_for_inference()
+    with pytest.raises(ValueError, match="train the model before"):
+        settled.train()
+    with pytest.raises(ValueError, match="save the model before"):
+        settled.save_pretrained(tmp_path / "model")
+    assert not any(p.requires_grad for p in settled.parameters()) and not (tmp_path / "model").exists()
+    assert settled.eval() is settled
+
+
+@pytest.mark.parametrize("queries", ["textual", "random"])
+@torch.no_grad()
+def test_frozen_texts_predict_the_same_save_and_load(queries, images, tmp_path):
+    model = micro_model(queries=queries)
+    before, size = model.score(images), sum(p.nbytes for p in model.state_dict().values())
+    model.freeze_text()
+    model.freeze_text()  # a second time changes nothing
+    torch.testing.assert_close(model.score(images), before, rtol=0, atol=0)
+    assert sum(p.nbytes for p in model.state_dict().values()) < size
+    assert not [name for name in model.state_dict() if "text_tower" in name or "prompt" in name]
+    save_model_folder(model, TqdmImageProcessor(), tmp_path / "frozen")
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen", trust_remote_code=True)
+    torch.testing.assert_close(loaded.eval().score(images), before, rtol=0, atol=0)
+    assert loaded.config.frozen_texts == ["road", "traffic light", "sky"]
+    loaded.fuse_for_inference()
+    torch.testing.assert_close(loaded.score(images), before, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_frozen_texts_can_be_chosen_among_but_not_added_to(images, tmp_path):
+    whole, frozen = micro_model(), micro_model()
+    frozen.freeze_text()
+    with pytest.raises(ValueError, match=r"no text tower for \['grass'\]"):
+        frozen.set_classes({0: "road", 1: "grass"})
+    assert frozen.config.id2label == whole.config.id2label
+    for model in (whole, frozen):
+        model.set_classes({0: "sky", 1: "road"})
+    torch.testing.assert_close(frozen.score(images), whole.score(images), rtol=0, atol=0)
+    frozen.save_pretrained(tmp_path)
+    loaded = TqdmForSemanticSegmentation.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded.score(images), frozen.score(images), rtol=0, atol=0)
+    with pytest.raises(ValueError, match="saved without its text tower, for"):
+        TqdmForSemanticSegmentation.from_pretrained(tmp_path, id2label={0: "sky", 1: "gravel road"})
+
+
+def test_training_without_the_text_tower_is_refused(images, labels):
+    model = micro_model()
+    model.freeze_text()
+    with pytest.raises(ValueError, match=r"freeze_text\(\) dropped the text tower"):
+        model.train()(images, labels)
+
+
+def test_a_checkpoint_for_use_is_under_half_of_the_published_file():
+    for preset, published in (("clip_vit_b16", 1120e6), ("eva02_clip_l14", 3188e6)):
+        with torch.device("meta"):
+            model = TqdmForSemanticSegmentation(TqdmConfig.from_preset(preset))
+        kept_bytes = sum(v.nbytes for n, v in model.state_dict().items() if "text_tower" not in n)
+        assert kept_bytes + 19 * 768 * 4 <= 0.45 * published
+
+
+@torch.no_grad()
+def test_texts_are_encoded_once_inside_texts_kept(model, images, monkeypatch):
+    calls = []
+    tower = model.model.text_queries.text_tower
+    tower.register_forward_hook(lambda *_: calls.append(1))
+    before = model.segment(images)
+    with model.texts_kept():
+        torch.testing.assert_close(model.segment(images), before, rtol=0, atol=0)
+        model.segment(images.repeat(1, 1, 2, 2))
+    assert len(calls) == 2  # one before, one inside
+    model.segment(images)
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_the_last_layer_alone_is_the_last_of_all(model, images):
+    every, last = model(images, all_layers=True), model(images)
+    assert last.class_logits.shape[1] == 1 and last.score_map is None
+    torch.testing.assert_close(last.logits, every.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(last.mask_logits[:, 0], every.mask_logits[:, -1], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bags_are_grid_samples(batch):
+    torch.manual_seed(0)
+    sizes, heads, width, points = ((2, 3), (4, 6), (8, 11)), 2, 8, 4
+    length = sum(h * w for h, w in sizes)
+    values = torch.randn(batch, length, heads, width)
+    # Far outside, just outside, on cells and between them.
+    offsets = torch.randn(batch, length, heads, 3, points, 2) * torch.tensor([0.3, 1, 5, 100])[:, None]
+    offsets[:, ::3] = offsets[:, ::3].round()
+    weights = torch.rand(batch, length, heads, 3, points)
+    expected = sample_by_grid(values, offsets, weights, sizes)
+    torch.testing.assert_close(sample_by_bags(values, offsets, weights, sizes), expected, rtol=1e-5, atol=1e-5)
+    assert expected.abs().max() > 1
+
+
+def test_bags_pass_on_what_is_not_finite_and_read_nothing_else():
+    sizes = ((2, 2), (3, 3), (4, 4))
+    values, weights = torch.randn(1, 29, 1, 4), torch.rand(1, 29, 1, 3, 2)
+    offsets = torch.zeros(1, 29, 1, 3, 2, 2)
+    offsets[0, 0], offsets[0, 1], offsets[0, 2] = torch.nan, torch.inf, -torch.inf
+    output = sample_by_bags(values, offsets, weights, sizes)[0]
+    assert output[0].isnan().all() and not output[3:].isnan().any()
+
+
+def test_what_is_kept_is_made_once_and_serves_training():
+    calls = []
+
+    @kept
+    def ramp(n: int, device: torch.device) -> torch.Tensor:
+        calls.append(n)
+        return torch.arange(n, device=device).float()
+
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        first = ramp(3, cpu)
+    assert ramp(3, cpu) is first and calls == [3]
+    weight = torch.ones(3, requires_grad=True)
+    (weight * first).sum().backward()  # an inference tensor would be refused here
+    assert weight.grad.tolist() == [0, 1, 2]
+    assert sine_positions(4, 5, 16, cpu) is sine_positions(4, 5, 16, cpu)
+
+
+def test_no_window_is_computed_twice():
+    for height in range(8, 40, 3):
+        for width in range(8, 40, 5):
+            for stride in (1, 5, 8):
+                corners = window_corners(height, width, 8, stride)
+                assert len(set(corners)) == len(corners)
+
+
+@torch.no_grad()
+def test_labels_are_the_argmax_of_the_scores(model, images):
+    large = images.repeat(1, 1, 2, 1)
+    labels = model.segment_labels(large, (50, 40), flip=True)
+    assert labels.shape == (2, 50, 40) and labels.dtype == torch.int64
+    assert torch.equal(labels, model.segment(large, (50, 40), flip=True).argmax(1))
+
+
+def test_windows_at_once_follow_the_device_unless_said():
+    model = micro_model()
+    assert model.config.window_batch_size is None
+    assert model.window_batch_size(torch.device("cpu")) == 1 and model.window_batch_size(torch.device("cuda")) == 8
+    model.config.window_batch_size = 3
+    assert model.window_batch_size(torch.device("cpu")) == 3
