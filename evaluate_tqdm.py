@@ -51,6 +51,7 @@ from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
 from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.model_folder_tqdm import identity, load_model, model_folder
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.modes_tqdm import prepare
 from tqdm_seg.predict import set_windows
 from tqdm_seg.prepare_tqdm import run
 from tqdm_seg.progress_tqdm import append_batch, new_part, read_scored
@@ -88,12 +89,13 @@ def evaluate(
     num_classes = model.config.num_labels
     matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=model.device)
     sizes: Counter[tuple[int, int]] = Counter()
-    for frame in frames:
-        with accelerator.autocast():
-            prediction, _ = predict_frame(model, processor, frame)
-        truth = torch.tensor(frame.labels, device=prediction.device)
-        matrix += confusion_matrix(prediction, truth, num_classes, IGNORE_INDEX)
-        sizes[frame.labels.shape] += 1
+    with model.texts_kept():
+        for frame in frames:
+            with accelerator.autocast():
+                prediction, _ = predict_frame(model, processor, frame)
+            truth = torch.tensor(frame.labels, device=prediction.device)
+            matrix += confusion_matrix(prediction, truth, num_classes, IGNORE_INDEX)
+            sizes[frame.labels.shape] += 1
     model.train(training)
 
     matrix = accelerator.reduce(matrix, "sum")
@@ -153,7 +155,11 @@ def inference_options(group: argparse._ArgumentGroup) -> None:
         "--offnet", dest="truth", action="store_const", const="offnet",
         help="against the truth as OFF-Net keeps it: shrunk to 320x176 and enlarged again",
     )  # fmt: skip
-    add("--precision", choices=["float32", "bf16"], default="float32", help="of the model (default: %(default)s)")
+    add(
+        "--precision", choices=["float32", "bf16", "fast-float32", "fast-bfloat16", "fast-int8"], default="float32",
+        help="of the model; bf16: autocast, as in train.py; fast-...: as predict.py computes, layers folded, and weights "
+        "in that precision (default: %(default)s)",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -314,6 +320,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if main_process:
         write_whole(out / "plan.json", (json.dumps(job.plan, indent=2) + "\n").encode())
     job.model.to(accelerator.device)
+    if args.precision.startswith("fast-"):
+        prepare(job.model, args.precision.removeprefix("fast-"))
+    else:
+        job.model.freeze_text()
 
     results: dict[str, Any] = {"model": {"path": args.model, **job.plan["model"]}, "sets": {}}
     for chosen in job.sets:

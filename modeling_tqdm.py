@@ -370,8 +370,9 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
     @contextmanager
     def texts_kept(self) -> Iterator[None]:
         """Encodes the class texts once for all that is predicted inside, where the weights must not change."""
-        queries, encode = self.model.text_queries, self.model.text_queries.encode
-        encoded = encode()
+        queries = self.model.text_queries
+        with torch.no_grad():
+            encoded = queries.encode()
         queries.encode = lambda: encoded
         try:
             yield

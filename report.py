@@ -28,6 +28,7 @@ from tqdm_seg.inference_tqdm import Inference
 from tqdm_seg.metrics_tqdm import class_iou
 from tqdm_seg.model_folder_tqdm import identity, load_model, model_folder
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.modes_tqdm import prepare
 from tqdm_seg.predict import set_windows
 from tqdm_seg.prepare_tqdm import run
 from tqdm_seg.report_page_tqdm import FrameScore, SetReport, page
@@ -95,7 +96,11 @@ def open_model(name: str, results: dict[str, Any]) -> tuple[TqdmForSemanticSegme
         raise ValueError(f"{name} is not the model that was evaluated, {results['model']['path']}: its files differ")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model(folder)
-    return model.to(device), processor
+    model.to(device)
+    precision = next(iter(results["sets"].values()))["protocol"]["precision"]  # all sets of an evaluation have one
+    if precision.startswith("fast-"):
+        prepare(model, precision.removeprefix("fast-"))
+    return model, processor
 
 
 def draw(

@@ -213,6 +213,8 @@ OPTIONS = {
     "--aug-test": {"test_time_augmentation"},
     "--offnet": {"truth"},
     "--precision bf16": {"precision"},
+    "--precision fast-float32": {"precision"},
+    "--precision fast-bfloat16": {"precision"},
     "--full-res": set(),
     "--window-batch 2": set(),
 }

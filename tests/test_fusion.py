@@ -164,13 +164,21 @@ def test_bags_are_grid_samples(batch):
     sizes, heads, width, points = ((2, 3), (4, 6), (8, 11)), 2, 8, 4
     length = sum(h * w for h, w in sizes)
     values = torch.randn(batch, length, heads, width)
-    # Far outside, just outside, on cells and between them.
+    # Near, further, across the border and far outside.
     offsets = torch.randn(batch, length, heads, 3, points, 2) * torch.tensor([0.3, 1, 5, 100])[:, None]
-    offsets[:, ::3] = offsets[:, ::3].round()
     weights = torch.rand(batch, length, heads, 3, points)
-    expected = sample_by_grid(values, offsets, weights, sizes)
-    torch.testing.assert_close(sample_by_bags(values, offsets, weights, sizes), expected, rtol=1e-5, atol=1e-5)
-    assert expected.abs().max() > 1
+    found = []
+    for sample in (sample_by_grid, sample_by_bags):
+        inputs = [x.clone().requires_grad_() for x in (values, offsets, weights)]
+        output = sample(*inputs, sizes)
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        found.append([output, *(x.grad for x in inputs)])
+    for by_grid, by_bags in zip(*found, strict=True):
+        assert by_grid.abs().max() > 0.1
+        torch.testing.assert_close(by_bags, by_grid, rtol=1e-5, atol=1e-4)
+    on_cells = offsets.round()  # where a sample has no gradient, but a value
+    expected = sample_by_grid(values, on_cells, weights, sizes)
+    torch.testing.assert_close(sample_by_bags(values, on_cells, weights, sizes), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_bags_pass_on_what_is_not_finite_and_read_nothing_else():

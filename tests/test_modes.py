@@ -1,0 +1,67 @@
+"""Faster modes keep to what they promise, and the table of what they change is made of real comparisons."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import micro_model
+
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modes_tqdm import prepare
+from tqdm_seg.publish_tqdm import save_model_folder
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+
+import mode_changes
+
+
+@torch.no_grad()
+def test_float32_is_the_same_and_bfloat16_is_close(images):
+    plain = micro_model().segment(images)
+    torch.testing.assert_close(prepare(micro_model()).segment(images), plain, rtol=0, atol=1e-5)
+    halved = prepare(micro_model(), "bfloat16")
+    assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
+    scores = halved.segment(images.bfloat16())
+    assert scores.dtype == torch.float32 and 1e-4 < (scores - plain).abs().max() < 0.3
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_int8_holds_the_tower_in_bytes_and_is_close(images):
+    plain = micro_model().segment(images)
+    model = prepare(micro_model(), "int8")
+    assert "Int8" in repr(model.model.vision_tower.blocks[0].ffn.fc1.weight)
+    assert model.model.pixel_decoder.layers[0].ffn.fc1.weight.dtype == torch.float32
+    assert 1e-5 < (model.segment(images) - plain).abs().max() < 0.3
+
+
+def test_what_cannot_be_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match="'int4' is none of float32, bfloat16, float16, int8"):
+        prepare(micro_model(), "int4")
+    with pytest.raises(ValueError, match="int8 is for CPUs"):
+        prepare(micro_model().to("meta"), "int8")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
+    )
+    with pytest.raises(ImportError, match="pip install torchao"):
+        prepare(micro_model(), "int8")
+
+
+def test_the_table_of_changes_tells_a_mode_from_none(tmp_path, monkeypatch):
+    model = micro_model(id2label={0: "non-traversable", 1: "traversable"}, window_size=None)
+    save_model_folder(model, TqdmImageProcessor(), tmp_path / "model")
+    monkeypatch.setattr(
+        mode_changes, "PICTURES", ("examples/orfd_mini/*.png", "examples/frames/*/*/image_data/*296.png")
+    )
+    words = ["--model", tmp_path / "model", "--out", tmp_path, "--modes", "float32, as loaded", "bfloat16"]
+    mode_changes.main([*map(str, words)])
+    same, coarse = json.loads((tmp_path / "mode_changes.json").read_text())["rows"]
+    assert same["pack_difference"] < 5e-4 < coarse["pack_difference"]
+    assert same["pack_pixels_changed"] == same["pixels_changed"] == 0 < coarse["pack_pixels_changed"]
+    assert 0 < same["miou"] < 1
+    lines = (tmp_path / "mode_changes.md").read_text().splitlines()
+    assert lines[-1].startswith("| bfloat16 |") and lines[-1].count("|") == 6
