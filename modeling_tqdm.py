@@ -244,8 +244,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         if use_windows is None:
-            window = self.config.window_size
-            use_windows = window is not None and labels is None and not self.training and max(height, width) > window
+            use_windows = labels is None and not self.training and self._exceeds_window(pixel_values)
         if use_windows:
             return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
 
@@ -343,12 +342,17 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         scores = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
         return self._full_size(scores, *pixel_values.shape[-2:])
 
-    def window_scores(self, pixel_values: Tensor) -> Tensor:
+    def _exceeds_window(self, pixel_values: Tensor) -> bool:
+        window = self.config.window_size
+        return window is not None and max(pixel_values.shape[-2:]) > window
+
+    def window_scores(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
         """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
 
-        The class names go through the text tower once.
+        Without encoded_text (K, E) the class names go through the text tower, once for all windows.
         """
-        config, encoded = self.config, self.model.text_queries.encode()  # (K, E)
+        config = self.config
+        encoded = self.model.text_queries.encode() if encoded_text is None else encoded_text
         return slide(
             lambda windows: self.score(windows, encoded), pixel_values, config.num_labels, config.window_size,
             config.window_stride, self.window_batch_size(pixel_values.device),
@@ -470,7 +474,12 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
             raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
         views = [views] if isinstance(views, Tensor) else views
         size = views[0].shape[-2:] if size is None else size
-        return average_views(lambda view: self(view).logits, views, size, flip, softmax_views)
+        encoded = self.model.text_queries.encode()  # (K, E)
+
+        def score_view(view: Tensor) -> Tensor:
+            return (self.window_scores if self._exceeds_window(view) else self.score)(view, encoded)
+
+        return average_views(score_view, views, size, flip, softmax_views)
 
     @torch.inference_mode()
     def segment_labels(

@@ -13,12 +13,15 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
-def prepare(model: TqdmForSemanticSegmentation, precision: str = "float32") -> TqdmForSemanticSegmentation:
+def prepare(
+    model: TqdmForSemanticSegmentation, precision: str = "float32", compiled: bool = False
+) -> TqdmForSemanticSegmentation:
     """The model, in eval mode, as fast as it goes, in place: texts stored, layers folded, weights in `precision`.
 
     It can predict, and nothing else any more. "int8": products of the vision tower in 8 bits, one scale for every row
-    of weights and every token (torchao), on CPUs; all else in float32. Raises ImportError without torchao, ValueError
-    for other names, and for int8 elsewhere than on a CPU.
+    of weights and every token (torchao), on CPUs; all else in float32. compiled: torch.compile for the windows, which
+    takes a minute or two at the first one, and again for windows of another size. Raises ImportError without torchao,
+    ValueError for other names, and for int8 elsewhere than on a CPU.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
@@ -29,8 +32,11 @@ def prepare(model: TqdmForSemanticSegmentation, precision: str = "float32") -> T
     model.fuse_for_inference()
     if precision == "int8":
         _quantise(model.model.vision_tower.blocks)
-        return model
-    return model.to(getattr(torch, precision))
+    else:
+        model.to(getattr(torch, precision))
+    if compiled:
+        model.score = torch.compile(model.score)
+    return model
 
 
 def _quantise(blocks: nn.ModuleList) -> None:

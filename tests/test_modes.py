@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,20 @@ def test_float32_is_the_same_and_bfloat16_is_close(images):
     assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
     scores = halved.segment(images.bfloat16())
     assert scores.dtype == torch.float32 and 1e-4 < (scores - plain).abs().max() < 0.3
+
+
+@torch.no_grad()
+def test_windows_are_compiled_once_and_the_same(images, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # seconds instead of minutes
+    large = images.repeat(1, 1, 2, 2)
+    plain = micro_model().segment(large)
+    torch.compiler.reset()
+    model = prepare(micro_model(), compiled=True)
+    torch.testing.assert_close(model.segment(large), plain, rtol=0, atol=1e-5)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        torch.testing.assert_close(
+            model.segment(large[:, :, :50], flip=True), micro_model().segment(large[:, :, :50], flip=True)
+        )
 
 
 @pytest.mark.filterwarnings("ignore")
