@@ -103,7 +103,7 @@ def sample_by_bags(values: Tensor, offsets: Tensor, weights: Tensor, sizes: tupl
     x, y = (places - corners).unbind(-1)  # (B, N, heads, levels, points)
     first = torch.addcmul(corners[..., 0], corners[..., 1], row).int()  # in cells of a level
     first = first.clamp_(0, levels[-1].shape[1] - 1)  # what is not finite has to stay inside of the table
-    images = torch.arange(0, table.shape[1] * heads * batch, table.shape[1] * heads, device=values.device).int()
+    images = torch.arange(batch, device=values.device).int() * (table.shape[1] * heads)
     index = (first * heads)[..., None] + (rows + images.view(-1, 1, 1, 1, 1, 1))  # (B, N, heads, levels, points, 4)
     shares = torch.stack(((1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y), -1).mul_(weights[..., None])
     bags = batch * length * heads
