@@ -196,7 +196,7 @@ class TqdmVisionModel(TqdmBaseModel):
         first = self.class_embedding + positions[0]  # (D)
         if self.config.tower == "clip" and self.config.class_embedding_twice:
             first = first + self.class_embedding
-        first = first.expand(len(patches), 1, -1)  # (B, 1, D)
+        first = first.expand(patches.shape[0], 1, -1)  # (B, 1, D)
         tokens = self.pre_norm(torch.cat((first, patches + positions[1:]), 1))  # (B, 1 + N, D)
 
         rotary = self.rotary(h, w) if self.config.tower == "eva02" else None

@@ -239,5 +239,5 @@ class TextualQueries(nn.Module):
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:
         """visual (B, 1 + N, E) image and patch tokens; encoded: a stored result of `encode` -> queries (B, K, E)."""
         encoded = self.encode() if encoded is None else encoded
-        text = encoded.expand(len(visual), -1, -1)  # (B, K, E)
+        text = encoded.expand(visual.shape[0], -1, -1)  # (B, K, E)
         return text + self.gamma * self.context_decoder(text, visual)
