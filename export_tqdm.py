@@ -115,8 +115,8 @@ def check(window: WindowModel, path: Path, inputs: dict[str, Tensor]) -> dict[st
     wrong = {name: value for name, value in found.items() if not value <= BOUND}
     if wrong:
         raise ValueError(
-            f"{path.name} differs from the model by {wrong}, more than {BOUND}; nothing was written. Try another version "
-            f"of torch or onnxruntime, or another --opset"
+            f"{path.name} differs from the model by {wrong}, more than {BOUND}; nothing was written. Try another "
+            "--opset, or another version of torch or onnxruntime"
         )
     return found
 
@@ -143,8 +143,8 @@ def export_model(
         inputs = check_inputs(processor, size, picture)
         for path in sorted(temporary.glob("window.*")):
             facts["checks"][path.name] = check(window, path, inputs)
-        model.config.save_pretrained(temporary)
-        processor.save_pretrained(temporary)
+        model.config.to_json_file(temporary / "config.json")
+        processor.to_json_file(temporary / "preprocessor_config.json")
         (temporary / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
@@ -163,7 +163,7 @@ class OnnxSegmenter:
         missing = [name for name in ("window.onnx", "export.json", "config.json") if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{folder} holds no {missing[0]}, so it is no export to ONNX; make one: python export_tqdm.py {folder} OUT"
+                f"{folder} holds no {missing[0]}, so it is no export to ONNX; make one: python export_tqdm.py MODEL OUT"
             )
         providers = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
         if providers[device] not in runtime.get_available_providers():
@@ -176,6 +176,7 @@ class OnnxSegmenter:
             raise ValueError(f"cannot read {folder / 'window.onnx'}: {error}") from error
         self.config = TqdmConfig.from_pretrained(folder)
         self.config.name_or_path = str(folder)
+        self.backend = f"onnxruntime {runtime.__version__}"
         self.device = torch.device("cpu")  # of the tensors that go in and come out
         self.size = tuple(json.loads((folder / "export.json").read_text(encoding="utf-8"))["size"])
 
@@ -184,7 +185,7 @@ class OnnxSegmenter:
         if tuple(pixel_values.shape[-2:]) != self.size:
             asked, made = ("x".join(map(str, size)) for size in (pixel_values.shape[-2:], self.size))
             raise ValueError(
-                f"an image or window is {asked} pixels and the export computes {made} only; scale the images (--size), or "
+                f"an image or window is {asked} pixels and this export computes {made} only; scale the images, or "
                 f"export the model for them: python export_tqdm.py MODEL OUT --size {asked}"
             )
         return torch.from_numpy(self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(pixel_values.numpy())})[0])

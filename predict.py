@@ -1,6 +1,7 @@
 """Segment images and videos with a trained model: pictures to look at, class ids to work with, areas to count.
 
     python predict.py MODEL street.jpg photos/ drive.mp4 --out results
+    python predict.py EXPORT photos/ --out results --backend onnxruntime     # EXPORT: made by export_tqdm.py
 
     results/overlays/street.png    the image with every class in its colour, and a legend
     results/ids/street.png         8-bit grey, the value of a pixel is its class id
@@ -30,6 +31,9 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
+from tqdm_seg.export_tqdm import OnnxSegmenter
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modes_tqdm import PRECISIONS, prepare
 from tqdm_seg.visualise_tqdm import legend, tinted
 
 if TYPE_CHECKING:
@@ -61,7 +65,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--window-batch", type=int, metavar="N", help="windows at once, few save memory (default: the model's)")
     add("--flip", action="store_true", help="average with the prediction for the mirrored image, in twice the time")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto (default): a GPU if any")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32", help="default %(default)s")
+    add("--dtype", choices=PRECISIONS, default="float32", help="int8: on CPUs, with torchao (default %(default)s)")
+    add("--compile", action="store_true", help="torch.compile: minutes for the first image, then faster")
+    add("--backend", choices=["torch", "onnxruntime"], default="torch", help="default %(default)s")
     return parser
 
 
@@ -129,20 +135,23 @@ def set_windows(model: PreTrainedModel, window: int | None, stride: int | None, 
 class Predictor:
     """A model with everything that decides what it makes of an image."""
 
-    model: PreTrainedModel
+    model: PreTrainedModel | OnnxSegmenter
     processor: BaseImageProcessor
     classes: dict[int, str]
     size: dict[str, int] | None = None
     flip: bool = False
+    dtype: str = "float32"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Class ids (H, W) uint8 of an RGB image, at its own size."""
         resize = {} if self.size is None else {"do_resize": True, "size": self.size}
         pixel_values = self.processor(images=image, return_tensors="pt", **resize)["pixel_values"]
-        pixel_values = pixel_values.to(self.model.device, self.model.dtype)
-        scores = self.model.segment(pixel_values, size=(image.height, image.width), flip=self.flip)[0]  # (K, H, W)
+        pixel_values, size = pixel_values.to(self.model.device), (image.height, image.width)
+        if len(self.classes) == self.model.config.num_labels:
+            return self.model.segment_labels(pixel_values, size, self.flip)[0].to(torch.uint8).cpu().numpy()
+        scores = self.model.segment(pixel_values, size, self.flip)[0]  # (K, H, W)
         ids = torch.tensor(list(self.classes), dtype=torch.uint8, device=scores.device)
-        return ids[scores[list(self.classes)].argmax(0)].cpu().numpy()
+        return ids[scores[list(self.classes)].max(0).indices].cpu().numpy()
 
     def draw(self, image: Image.Image, ids: np.ndarray, named: dict[int, str]) -> Image.Image:
         """The overlay, below it a legend of the classes `named`; both sides are even, as video formats want them."""
@@ -175,7 +184,8 @@ class Predictor:
             "stride": config.window_stride if config.window_size else None,
             "flip": self.flip,
             "device": str(self.model.device),
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "dtype": self.dtype,
+            "backend": getattr(self.model, "backend", "torch"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -254,31 +264,43 @@ def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dic
     return {"width": image.width, "height": image.height, "frames": frames}
 
 
+def open_model(args: argparse.Namespace) -> Predictor:
+    """The model folder of the command line, ready to predict; raises ValueError for what it cannot do."""
+    device = args.device
+    if device == "auto":
+        device = next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
+    if device != "cpu" and not getattr(torch, device).is_available():
+        raise ValueError(f"torch finds no {device} device here; leave out --device, or install torch for {device}")
+    processor = AutoImageProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModelForSemanticSegmentation.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
+    if model.config.model_type != "tqdm":
+        raise ValueError(f"{args.model} is a model of type {model.config.model_type}, not tqdm")
+    set_windows(model, args.window, args.stride, args.window_batch)
+    classes = choose_classes(model, args.classes)
+    prepare(model.to(device), args.dtype, args.compile)
+    return Predictor(model, processor, classes, args.size, args.flip, args.dtype)
+
+
+def open_export(args: argparse.Namespace) -> Predictor:
+    """The exported folder of the command line; raises ValueError for options that belong to the export."""
+    if args.window is not None or args.dtype != "float32" or args.compile:
+        raise ValueError("--window, --dtype and --compile change what was exported; leave them out, or export anew")
+    model = OnnxSegmenter(args.model, "cuda" if args.device == "cuda" else "cpu")
+    set_windows(model, None, args.stride, args.window_batch)
+    processor = TqdmImageProcessor.from_pretrained(args.model)
+    return Predictor(model, processor, choose_classes(model, args.classes), args.size, args.flip)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Segments everything, writes areas.json last; returns the exit status."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    device = args.device
-    if device == "auto":
-        device = next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
     try:
         found = find_inputs(args.inputs, args.out)
         if importlib.util.find_spec("av") is None and any(map(is_video, found.values())):
             raise ValueError('reading videos needs PyAV: pip install "av>=15"')
-        if device != "cpu" and not getattr(torch, device).is_available():
-            raise ValueError(f"torch finds no {device} device here; leave out --device, or install torch for {device}")
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    processor = AutoImageProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForSemanticSegmentation.from_pretrained(
-        args.model, trust_remote_code=True, dtype=getattr(torch, args.dtype)
-    )
-    try:
-        if model.config.model_type != "tqdm":
-            raise ValueError(f"{args.model} is a model of type {model.config.model_type}, not tqdm")
-        set_windows(model, args.window, args.stride, args.window_batch)
-        predictor = Predictor(model.to(device), processor, choose_classes(model, args.classes), args.size, args.flip)
-    except ValueError as error:
+        predictor = open_export(args) if args.backend == "onnxruntime" else open_model(args)
+    except (FileNotFoundError, ImportError, ValueError) as error:
         parser.error(str(error))
 
     report = {"protocol": predictor.protocol(), "results": {}, "failed": {}}
