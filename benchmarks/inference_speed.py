@@ -13,14 +13,17 @@ ours-exact           after `freeze_text()` and `fuse_for_inference()`, `segment_
 ours-compiled        the same, the windows through torch.compile
 ours-bf16            as ours-exact, in bfloat16; ours-compiled-bf16: compiled too
 ours-int8            as ours-exact, the vision tower's products in 8 bits; on a CPU
+ours-exported        as ours-exact, the windows through onnxruntime (ONNX, see export_tqdm.py); on a CPU
 ours-no-overlap      as ours-exact, windows side by side; ours-no-overlap-bf16: in bfloat16 too
 ours-whole-image     as ours-exact, without windows; ours-whole-image-bf16: in bfloat16 too
 mask2former-swin-b, -l, eomt-b, -l, segformer-b5: transformers' own models and post-processing, see rivals.py
 """
 
 import argparse
+import json
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -44,6 +47,7 @@ from rivals import RIVALS, build_rival
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
+from tqdm_seg.export_tqdm import OPSET, OnnxSegmenter, WindowModel, export_onnx
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.modes_tqdm import prepare
 
@@ -129,6 +133,24 @@ def build_ours(preset: str, size: tuple[int, int], mode: Mode, device: torch.dev
     )
 
 
+def build_exported(preset: str, size: tuple[int, int], device: torch.device) -> Work:
+    """Our model as onnxruntime computes it."""
+    model = prepared_model(preset, Mode(), device)
+    window = (model.config.window_size,) * 2
+    folder = Path(tempfile.mkdtemp())
+    export_onnx(WindowModel(model), torch.zeros(2, 3, *window), folder / "window.onnx", OPSET)
+    model.config.to_json_file(folder / "config.json")
+    (folder / "export.json").write_text(json.dumps({"size": window}))
+    runtime = OnnxSegmenter(folder)
+    return Work(
+        call=runtime.segment_labels,
+        inputs=partial(random_image, size, device),
+        numbers=runtime.segment,
+        counted=partial(eager_float32, preset, Mode(), device),
+        notes="deformable attention by grid_sample; peak memory with what is left of the export in the same process",
+    )
+
+
 def all_contenders(preset: str, size: tuple[int, int], precision: str, device: torch.device) -> list[Contender]:
     """Everything that can be run at this size on this device; precision: of the rivals."""
     window = TqdmConfig.from_preset(preset).window_size
@@ -138,6 +160,8 @@ def all_contenders(preset: str, size: tuple[int, int], precision: str, device: t
         slides = max(size) > window or (mode.windows and mode.overlap)
         if slides and (device.type == "cpu" or mode.precision != "int8"):
             contenders.append(Contender(name, partial(build_ours, preset, size, mode)))
+    if device.type == "cpu" and min(size) >= window:
+        contenders.append(Contender("ours-exported", partial(build_exported, preset, size)))
     for name in RIVALS:
         if precision != "bf16":
             contenders.append(Contender(name, partial(build_rival, name, size, torch.float32)))
