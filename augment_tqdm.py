@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
+from tqdm_seg.layers_tqdm import filled
 
 cv2.setNumThreads(1)  # the loader's workers are the parallelism
 
@@ -138,7 +139,7 @@ def normalise(images: Tensor, sizes: Tensor) -> Tensor:
 
     sizes (B, 2): rows and columns that the pictures cover; pixels beyond are 0, as padding after normalising leaves it.
     """
-    mean, std = (images.new_tensor(values, dtype=torch.float32) * 255 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (filled(values, images.device) * 255 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     pixels = ((images - mean) / std).permute(0, 3, 1, 2)  # (B, 3, h, w)
     rows, columns = (
         torch.arange(side, device=images.device) < sizes[:, axis, None] for axis, side in enumerate(pixels.shape[-2:])

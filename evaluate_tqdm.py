@@ -157,8 +157,8 @@ def inference_options(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     add(
         "--precision", choices=["float32", "bf16", "fast-float32", "fast-bfloat16", "fast-int8"], default="float32",
-        help="of the model; bf16: autocast, as in train.py; fast-...: as predict.py computes, layers folded, and weights "
-        "in that precision (default: %(default)s)",
+        help="of the model; bf16: autocast, as in train.py; fast-...: as predict.py computes, layers folded, in "
+        "that precision (default: %(default)s)",
     )  # fmt: skip
 
 

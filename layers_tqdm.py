@@ -2,12 +2,13 @@
 
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
@@ -17,16 +18,23 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterf
 def kept(make: Callable) -> Callable:
     """Decorator: what `make` computes from sizes and a device alone is kept for its last few arguments.
 
-    The tensors must not be changed in place. While a graph is traced nothing is kept, for the values are of the graph.
+    The tensors must not be changed in place. While a graph is traced, and under modes that put tensors without values
+    in the place of others, nothing is kept.
     """
     # Outside of inference mode, whose tensors could not be used in training afterwards.
     remembered = lru_cache(maxsize=6)(torch.inference_mode(False)(torch.no_grad()(make)))
 
     @wraps(make)
     def look_up(*args: Any) -> Any:
-        return make(*args) if torch.compiler.is_compiling() else remembered(*args)
+        untrue = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return make(*args) if untrue else remembered(*args)
 
     return look_up
+
+
+def filled(values: Sequence[float], device: torch.device) -> Tensor:
+    """values as a float32 vector that is filled on the device: a copy to a GPU would make the host wait for it."""
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
 class TqdmBaseModel(PreTrainedModel):

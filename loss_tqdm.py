@@ -4,7 +4,7 @@ Letters: B batch, K classes = textual queries, L predictions (bare queries and e
 P points, E image-text width, H, W image, h, w mask logits.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,25 +73,19 @@ def supervised_masks(labels: Tensor, num_classes: int, ignore_index: int = 255) 
 def sample_labels(labels: Tensor, mask_index: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples (L, M, P), in 0 ... 1, of the binary masks `labels[image] == class` at points (L, M, P, 2).
 
-    points are x, y in 0 ... 1 of the image. Equal to sampling the full-size masks (zero outside), without making them.
+    points are x, y in 0 ... 1 of the image; outside all masks are zero.
     """
-    height, width = labels.shape[-2:]
-    image, wanted = mask_index.T[:, :, None]  # (M, 1) each
-    x, y = (points * points.new_tensor([width, height]) - 0.5).unbind(-1)  # (L, M, P), in pixels
-    left, top = x.floor(), y.floor()
-    samples = torch.zeros_like(x)
-    for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
-        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        index = (image * height + row.clamp(0, height - 1).long()) * width + column.clamp(0, width - 1).long()
-        hit = inside & (labels.flatten()[index] == wanted)
-        samples = samples + hit * (1 - (x - column).abs()) * (1 - (y - row).abs())
-    return samples
+    image, wanted = mask_index.unbind(-1)
+    masks = (labels.int()[image] == wanted[:, None, None]).float()  # (M, H, W), once for all predictions
+    grid = (2 * points.transpose(0, 1)).sub_(1).flatten(1, 2)  # (M, L P, 2)
+    samples = F.grid_sample(masks[:, None], grid[:, None], align_corners=False)[:, 0, 0]  # (M, L P)
+    return samples.unflatten(1, points.shape[::2]).transpose(0, 1)
 
 
 def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     """Bilinear samples (L, M, P) of mask logits (L, M, h, w), zero outside, at points (L, M, P, 2), x, y in 0 ... 1."""
     logits = mask_logits.flatten(0, 1)[:, None]  # (L M, 1, h, w)
-    grid = (2 * points - 1).flatten(0, 1)[:, None].to(logits.dtype)  # (L M, 1, P, 2)
+    grid = (2 * points).sub_(1).flatten(0, 1)[:, None].to(logits.dtype)  # (L M, 1, P, 2)
     return F.grid_sample(logits, grid, align_corners=False).view(points.shape[:-1])
 
 
@@ -162,6 +156,38 @@ def visual_loss(image_embedding: Tensor, reference: Tensor) -> Tensor:
     return F.mse_loss(image_embedding.float(), reference.float())
 
 
+class EnlargedEntropy(torch.autograd.Function):
+    """Cross-entropy of logits (B, K, h, w), enlarged to `covered`, with labels (B, H, W); summed over what is labelled.
+
+    The gradient is computed beside the loss, in the memory of the enlarged logits. Recorded step by step, these and two
+    more of their size would be held through the moment when a training step takes most memory.
+    """
+
+    @staticmethod
+    def forward(context: Any, small: Tensor, labels: Tensor, covered: tuple[int, int], ignore_index: int) -> Tensor:
+        """small spans `covered` (rows, columns) pixels, of which labels are top left -> scalar."""
+        height, width = labels.shape[-2:]
+        whole = F.interpolate(small, covered, mode="bilinear", align_corners=False)
+        logits = whole[..., :height, :width]  # (B, K, H, W)
+        logits.sub_(logits.amax(1, keepdim=True))
+        labelled = labels != ignore_index
+        targets = labels.masked_fill(~labelled, 0)[:, None]  # (B, 1, H, W)
+        target_logits = logits.gather(1, targets)[:, 0]
+        totals = logits.exp_().sum(1)  # (B, H, W)
+        if context.needs_input_grad[0]:
+            logits.mul_((labelled / totals)[:, None]).scatter_add_(1, targets, -labelled[:, None].to(logits.dtype))
+            whole[..., height:, :] = 0  # no labels lie under the padding
+            whole[..., width:] = 0
+            gradient = torch.ops.aten.upsample_bilinear2d_backward(whole, covered, small.shape, False)
+            context.save_for_backward(gradient)  # (B, K, h, w)
+        return ((totals.log() - target_logits) * labelled).sum()
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """gradient: that of the scalar."""
+        return gradient * context.saved_tensors[0], None, None, None
+
+
 def score_map_loss(
     score_map: Tensor,
     labels: Tensor,
@@ -175,7 +201,4 @@ def score_map_loss(
     score_map (B, K, h, w) of cosines spans `covered` (rows, columns) pixels, of which labels (B, H, W) are top left.
     Summed over the labelled pixels / num_pixels, which is at least 1.
     """
-    height, width = labels.shape[-2:]
-    logits = F.interpolate(score_map.float() / temperature, covered, mode="bilinear", align_corners=False)
-    entropy = F.cross_entropy(logits[..., :height, :width], labels, ignore_index=ignore_index, reduction="sum")
-    return entropy / num_pixels
+    return EnlargedEntropy.apply(score_map.float() / temperature, labels, covered, ignore_index) / num_pixels

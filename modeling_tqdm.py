@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
 from .fusion_tqdm import expansion_of, fold_activation, head_with_pixels
-from .layers_tqdm import FeedForward, TqdmBaseModel
+from .layers_tqdm import FeedForward, TqdmBaseModel, filled
 from .loss_tqdm import (
     LossCounts,
     check_labels,
@@ -294,7 +294,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
 
         image, wanted = mask_index.unbind(-1)
         mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
-        extent = mask_logits.new_tensor([width / columns, height / rows])
+        extent = filled((width / columns, height / rows), mask_logits.device)
         if points is None:
             points = choose_points(
                 mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio

@@ -85,6 +85,16 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
+@torch.no_grad()
+def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
+    """Averaged weights become decay average + (1 - decay) model, in place and in one pass; buffers become the model's.
+
+    torch's AveragedModel does the same and waits for the device in every step.
+    """
+    torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
+    torch._foreach_copy_(list(average.buffers()), list(model.buffers()))
+
+
 class SumOverProcesses(torch.autograd.Function):
     """Sum of a tensor over all processes; its gradient is the sum of theirs."""
 

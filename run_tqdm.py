@@ -143,7 +143,7 @@ def print_plan(
     say(f"{args.steps} steps of {images} images ({args.batch_size} x {args.accumulation} x {processes} processes)")
     one = {name: value[:1] for name, value in batch.items() if name != "mask_index"}
     kept = saved_bytes(net, one, reference)
-    states = 4 * (total + 3 * trained + sum(p.numel() for p in reference.parameters()))
+    states = 4 * (total + 3 * trained) + sum(p.nbytes for p in reference.parameters())
     say(
         f"memory per process: {states / 2**30:.2f} GiB of weights, gradients, moments and frozen tower, about "
         f"{kept * args.batch_size / 2**30:.2f} GiB of activations ({args.batch_size} x {kept / 2**20:.0f} MiB, float32)"

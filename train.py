@@ -10,6 +10,7 @@ overlays/*.png. Stopped at any moment, the same command with --resume goes on an
 """
 
 import argparse
+import copy
 import json
 import os
 import time
@@ -24,7 +25,6 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
@@ -55,8 +55,9 @@ from tqdm_seg.optimisation_tqdm import (
     parameter_groups,
     set_learning_rates,
     step_counts,
+    update_average,
 )
-from tqdm_seg.options_tqdm import parse_options
+from tqdm_seg.options_tqdm import REFERENCE_DTYPES, parse_options
 from tqdm_seg.prepare_tqdm import run as run_program
 from tqdm_seg.publish_tqdm import push_folder, save_model_folder, written_whole
 from tqdm_seg.reference_tqdm import FrozenReference
@@ -80,6 +81,10 @@ def make_accelerator(args: argparse.Namespace) -> Accelerator:
             "accelerate launch --cpu starts a single process whatever --num_processes says; use torchrun "
             "--nproc_per_node N train.py, or accelerate launch --multi_gpu --num_processes N train.py, on CPUs too"
         )
+    if args.compile == "inductor":
+        from torch._inductor import config  # not above: the compiler takes seconds to import
+
+        config.fallback_random = True  # the same dropout and points as without compiling
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision, gradient_accumulation_steps=args.accumulation,
         cpu=not torch.accelerator.is_available(), log_with=None if args.tracker == "none" else args.tracker,
@@ -270,14 +275,14 @@ class Reporter:
 
 @dataclass
 class Run:
-    """All that a training step touches. model: what `accelerator` made of net; average: averaged weights, if any."""
+    """All that a training step touches. model: what `accelerator` made of net; average: of the weights, if any."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     net: TqdmForSemanticSegmentation
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    average: AveragedModel | None
+    average: TqdmForSemanticSegmentation | None
     reference: FrozenReference
 
     def step(self, step: int, parts: list[dict[str, Tensor]], recent: RecentLosses) -> Tensor:
@@ -287,6 +292,8 @@ class Run:
         counts = step_counts([batch_counts(part, self.net) for part in parts], accelerator.device, published)
         for number, (batch, part_counts) in enumerate(zip(parts, counts, strict=True)):
             inputs = model_inputs(batch, accelerator.device)
+            if args.compile:  # one graph for any number of masks, which changes from batch to batch
+                torch._dynamo.maybe_mark_dynamic(inputs["mask_index"], 0)
             # Dropout and the points of the mask losses draw from torch's global generator.
             seed = np.random.SeedSequence([args.seed, step, number, accelerator.process_index])
             torch.manual_seed(int(seed.generate_state(1)[0]))
@@ -294,14 +301,16 @@ class Run:
                 with accelerator.autocast():
                     inputs |= self.reference(inputs["pixel_values"])
                 outputs = self.model(**inputs, loss_counts=part_counts, output_logits=False)
-                accelerator.backward(outputs.loss)
+                loss, losses = outputs.loss, outputs.losses
+                del outputs  # mask logits of all layers, which the backward pass can do without
+                accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = finish_gradients(accelerator, self.model, args.clip_norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            recent.add(step, batch["key"], outputs.losses)
+            recent.add(step, batch["key"], losses)
         if self.average is not None:
-            self.average.update_parameters(self.net)
+            update_average(self.average, self.net, args.ema if step > 0 else 0.0)
         return norm
 
     def save(self, done: int) -> None:
@@ -310,7 +319,7 @@ class Run:
         state = training_state(self._bare_model(), self.optimizer.optimizer)
         if accelerator.is_main_process:
             extra = {"scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None}
-            averaged = average.module.state_dict() if average is not None else None
+            averaged = average.state_dict() if average is not None else None
             write_checkpoint(Path(self.args.out) / "checkpoints", done, state, averaged, extra, self.args.keep)
         accelerator.wait_for_everyone()
 
@@ -322,8 +331,7 @@ class Run:
         check_resumable(self.args, self.accelerator.num_processes)
         content = load_checkpoint(last[0], self._bare_model(), self.optimizer.optimizer)
         if self.average is not None:
-            self.average.module.load_state_dict(load_file(last[0] / "average.safetensors"))
-            self.average.n_averaged.fill_(content["step"])
+            self.average.load_state_dict(load_file(last[0] / "average.safetensors"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         return content["step"]
@@ -381,15 +389,16 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
 
     training, validation = open_data(args)
     net, processor = build_model(args, training.classes)
-    reference = FrozenReference(net, args.noisy_reference)  # before a checkpoint is loaded: it is the start of the run
+    # Before a checkpoint is loaded: it is the start of the run.
+    reference = FrozenReference(net, args.noisy_reference, REFERENCE_DTYPES[args.reference_dtype])
     choose_trained(net, args.vision, args.lora_rank)
     convert_batch_norm(net)
     if args.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     net, reference = net.to(accelerator.device).train(), reference.to(accelerator.device).train()
     groups = parameter_groups(net, args.lr, args.weight_decay, args.vision_lr_mult, not args.no_embedding_decay)
-    optimizer = torch.optim.AdamW(groups)
-    average = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    optimizer = torch.optim.AdamW(groups, fused=True)  # one pass over all parameters
+    average = copy.deepcopy(net) if args.ema else None
     if args.dry_run:
         batch = next(iter(train_batches(args, training, 0, process, processes)))
         inputs = model_inputs(batch, accelerator.device)
@@ -404,7 +413,7 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
         facts = vars(args) | {"images_per_step": images_per_step(args, processes)}
         write_whole(out / "args.json", (json.dumps(facts, indent=2) + "\n").encode())
     log = Log(accelerator, args, first_step)
-    shown = net if average is None else average.module
+    shown = net if average is None else average
     report = Reporter(args, accelerator, shown, processor, training, validation, log)
     batches = iter(train_batches(args, training, first_step, process, processes))
     results = report.finish() if train_steps(run, batches, first_step, log, report) else {}

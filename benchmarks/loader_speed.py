@@ -7,13 +7,16 @@ and with sensor noise, about 2.5 MB a picture like GTA5's. Both sides are the sa
 the same order, in alternating runs; bare decoding reads a frame's bytes and decodes picture and label with Pillow, as
 `datasets` does, or with OpenCV, as the loader does, which then also scales, crops, distorts, collates and hands over.
 Speeds are per second of processor time of all processes together, so that other work on the machine matters little.
+Writes loader.json and .md to --out; seconds are there processor seconds per sample.
 """
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
@@ -23,6 +26,7 @@ import cv2
 import numpy as np
 import psutil
 import torch
+from measure_tqdm import RESULTS, Result, Settings, markdown_table, run_facts, speed_ratio
 from PIL import Image
 from prepare_folder import read_classes
 from torch.utils.data import DataLoader, Dataset
@@ -117,6 +121,33 @@ def memory() -> float:
     return sum(process.memory_full_info().pss for process in (me, *me.children(recursive=True))) / 1e6
 
 
+def write(out: Path, rates: dict[str, list[float]], workers: int, memory_mb: float) -> None:
+    """loader.json, as every suite writes it, and loader.md; rates: samples per second and core, of every round."""
+    results = [
+        Result(name, statistics.median(1 / rate for rate in values), [1 / rate for rate in values])
+        for name, values in rates.items()
+    ]
+    *bare, ours = results
+    ours.memory = int(memory_mb * 1e6)
+    title = f"Training loader, {workers} workers"
+    facts = run_facts(Settings(len(ours.rounds), device="cpu", threads=1))
+    suite = {"title": title, "baselines": [result.name for result in bare], "facts": facts}
+    suite["contenders"] = [asdict(result) for result in results]
+    header = ["", "samples per second and core", *(f"speed / {result.name}'s (least to most)" for result in bare)]
+    rows = []
+    for result in results:
+        ratios = [speed_ratio(result, other) for other in bare]
+        cells = (f"{median:.3f} ({least:.3f} to {most:.3f})" for median, least, most in ratios)
+        rows.append([result.name, f"{1 / result.seconds:.1f}", *cells])
+    page = (
+        f"# {title}\n\n{markdown_table(header, rows)}\n\n{facts['date']}, {facts['processor']}, medians of "
+        f"{facts['repeats']} rounds in turns. Memory at the end: {memory_mb:.0f} MB.\n\n`{facts['command']}`\n"
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "loader.json").write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
+    (out / "loader.md").write_text(page, encoding="utf-8")
+
+
 def main() -> None:
     """Prints both speeds, their ratio and the memory over time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -127,6 +158,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each kind (default: %(default)s)")
     parser.add_argument("--memory", type=int, default=2000, help="samples of the memory run (default: %(default)s)")
     parser.add_argument("--resize", default="window", help="as in train.py (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -157,7 +189,9 @@ def main() -> None:
         marks = {args.memory * quarter // (4 * batch_size) for quarter in (1, 2, 3, 4)}
         for number, _ in enumerate(loader(batches_of(frames, args.memory, batch_size)), 1):
             if number in marks:
-                print(f"after {number * batch_size} samples: {memory():.0f} MB")
+                held = memory()
+                print(f"after {number * batch_size} samples: {held:.0f} MB")
+        write(args.out, rates, args.workers, held)
 
 
 if __name__ == "__main__":

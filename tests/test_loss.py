@@ -1,5 +1,6 @@
 """Losses against slow, obvious versions, and their empty cases."""
 
+import itertools
 import math
 
 import pytest
@@ -27,14 +28,19 @@ def test_supervised_masks_lists_present_classes_in_order(labels):
     assert supervised_masks(labels, 3).tolist() == expected
 
 
-def test_sampling_labels_is_sampling_full_size_masks(labels):
+def test_sampling_labels_written_out(labels):
     index = supervised_masks(labels, 3)
-    points = torch.rand(2, len(index), 500, 2) * 1.1 - 0.05  # also beyond the border
-    masks = torch.stack([(labels[b] == c).float() for b, c in index.tolist()])
-    expected = F.grid_sample(
-        masks.repeat(2, 1, 1)[:, None], (2 * points - 1).flatten(0, 1)[:, None], align_corners=False
-    ).view(2, len(index), 500)
+    points = torch.rand(2, len(index), 20, 2) * 1.1 - 0.05  # also beyond the border
+    height, width = labels.shape[1:]
+    expected = torch.zeros(points.shape[:-1])
+    for prediction, mask, point in itertools.product(*map(range, expected.shape)):
+        image, wanted = index[mask].tolist()
+        x, y = (points[prediction, mask, point] * torch.tensor([width, height]) - 0.5).tolist()
+        for column, row in itertools.product((math.floor(x), math.floor(x) + 1), (math.floor(y), math.floor(y) + 1)):
+            if 0 <= column < width and 0 <= row < height and labels[image, row, column] == wanted:
+                expected[prediction, mask, point] += (1 - abs(x - column)) * (1 - abs(y - row))
     torch.testing.assert_close(sample_labels(labels, index, points), expected, atol=1e-5, rtol=0)
+    assert sample_labels(labels, index[:0], points[:, :0]).shape == (2, 0, 20)
 
 
 def test_points_are_chosen_where_masks_are_uncertain():
@@ -101,6 +107,19 @@ def test_textual_loss_has_the_published_floor():
     worst = math.log(1 + 3 * math.exp(-2))
     assert loss > worst
     assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 3 * math.exp(-1 / 3))), rel=1e-5)
+
+
+@pytest.mark.parametrize("covered", [(32, 32), (36, 40)])
+def test_score_map_loss_is_cross_entropy_of_the_enlarged_map(labels, covered):
+    score_map = (torch.rand(2, 3, 4, 5) * 2 - 1).requires_grad_()
+    labels[0, :7] = 255
+    loss = 3 * score_map_loss(score_map, labels, covered, 0.07, 255, torch.tensor(50.0))
+    (gradient,) = torch.autograd.grad(loss, score_map)
+    enlarged = F.interpolate(score_map / 0.07, covered, mode="bilinear")[..., :32, :32]
+    expected = 3 * F.cross_entropy(enlarged, labels, ignore_index=255, reduction="sum") / 50
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    (wanted,) = torch.autograd.grad(expected, score_map)
+    assert (gradient - wanted).abs().max() < 1e-6 * wanted.abs().max()
 
 
 def test_score_map_loss_of_only_ignored_pixels_is_zero():

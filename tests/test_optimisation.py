@@ -21,6 +21,7 @@ from tqdm_seg.optimisation_tqdm import (
     parameter_groups,
     set_learning_rates,
     step_counts,
+    update_average,
 )
 
 
@@ -158,7 +159,7 @@ def test_ten_steps_follow_the_published_algorithm():
         return found
 
     ours, theirs = pack.model().train(), pack.model().train()
-    optimizer = torch.optim.AdamW(parameter_groups(ours, 1e-3, 1e-2, 0.1))
+    optimizer = torch.optim.AdamW(parameter_groups(ours, 1e-3, 1e-2, 0.1), fused=True)
 
     def our_step(i: int) -> None:
         set_learning_rates(optimizer, i, **options)
@@ -215,6 +216,18 @@ def test_gradient_norm_is_that_of_all_gradients_together():
     weights = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(3))]
     weights[0].grad, weights[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
     assert gradient_norm(weights) == 5
+
+
+def test_averaged_weights_by_hand():
+    average, model = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    model.weight.data += 4
+    model.running_mean += 4
+    model.num_batches_tracked += 7
+    update_average(average, model, 0.75)
+    assert average.weight.tolist() == [2, 2] and average.bias.tolist() == [0, 0]
+    assert average.running_mean.tolist() == [4, 4] and average.num_batches_tracked == 7
+    update_average(average, model, 0)
+    assert torch.equal(average.weight, model.weight)
 
 
 def test_batch_norm_of_one_process_is_torchs_and_keeps_its_weights(images):

@@ -22,13 +22,15 @@ from tqdm_seg.publish_tqdm import save_model_folder, written_whole
 ROOT = Path(__file__).parents[1]
 PHOTOS = sorted(ROOT.glob("examples/frames/validation/*/image_data/*"))[:3]
 MODEL_CODE = {
-    "backbone_tqdm.py", "configuration_tqdm.py", "fusion_tqdm.py", "layers_tqdm.py", "loss_tqdm.py", "mask_decoder_tqdm.py",
-    "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py",
+    "backbone_tqdm.py", "configuration_tqdm.py", "fusion_tqdm.py", "layers_tqdm.py", "loss_tqdm.py",
+    "mask_decoder_tqdm.py", "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py",
 }  # fmt: skip
 SHIPPED = MODEL_CODE | {"image_processing_tqdm.py"}
 WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors"}
 # This project's other requirements, and itself.
-HIDDEN = ["tqdm_seg", "open_clip", "timm", "datasets", "evaluate", "accelerate", "av", "torchao", "onnx", "onnxruntime"]
+HIDDEN = [
+    "tqdm_seg", "open_clip", "timm", "datasets", "evaluate", "accelerate", "av", "torchao", "onnx", "onnxruntime",
+]  # fmt: skip
 STANDARD = set(sys.stdlib_module_names)
 
 # Run in a new interpreter, in another folder: hides packages, then does what a user of the folder does.

@@ -324,18 +324,50 @@ def test_averaged_weights_are_the_ones_that_are_saved(arguments, start, tmp_path
     assert all(torch.equal(value, again[name]) for name, value in saved.items())
 
 
+@pytest.fixture
+def fresh_accelerator():
+    """One process can have one precision and one compiler only: forgets those of the runs before, and of this one."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("option", ["--gradient-checkpointing", "--compile aot_eager"])
 def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_losses, tmp_path, option):
     out = short(arguments, tmp_path / "run", *option.split())
     assert [line["loss"] for line in log_of(out)] == pytest.approx(plain_losses, rel=1e-5)
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_bf16_stays_near_float32(arguments, plain_losses, tmp_path):
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process can have one precision only
     out = short(arguments, tmp_path / "run", "--mixed-precision", "bf16")
-    AcceleratorState._reset_state(reset_partial_state=True)
     losses = [line["loss"] for line in log_of(out)]
     assert losses == pytest.approx(plain_losses, rel=0.02) and losses != pytest.approx(plain_losses, rel=1e-6)
+
+
+def test_a_frozen_tower_in_bf16_moves_the_visual_loss_alone(arguments, start, plain_losses, tmp_path):
+    first = [log_of(short(arguments, tmp_path / dtype, "--reference-dtype", dtype))[0] for dtype in ("float32", "bf16")]
+    assert first[0]["loss"] == plain_losses[0]
+    moved = {name for name in first[0] if name.startswith("loss_") and first[0][name] != first[1][name]}
+    assert moved == {"loss_visual"} and first[1]["loss_visual"] == pytest.approx(first[0]["loss_visual"], rel=0.2)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_compiled_model_is_one_graph_whatever_the_number_of_masks(arguments, tmp_path, monkeypatch):
+    original, masks = program.model_inputs, []
+
+    def fewer(batch, device):
+        inputs = original(batch, device)
+        inputs["mask_index"] = inputs["mask_index"][len(masks) :].T.contiguous().T  # as nonzero() lays it out
+        masks.append(len(inputs["mask_index"]))
+        return inputs
+
+    monkeypatch.setattr(program, "model_inputs", fewer)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    short(arguments, tmp_path / "run", "--compile", "eager")
+    assert masks[0] > masks[1] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_published_behaviours_are_options_that_change_the_losses(arguments, plain_losses, tmp_path):
