@@ -148,7 +148,7 @@ class DeformableAttention(nn.Module):
         weights = self.attention_weights(queries).view(*shape[:3], -1).softmax(-1, dtype=torch.float32).view(shape)
         values = self.value_proj(pixels).float().unflatten(-1, (self.num_heads, -1))  # (B, N, heads, C / heads)
         # Bags take a quarter of the time; with their gradients they gain nothing, and ONNX does not know them.
-        sample = sample_by_grid if self.training or torch.compiler.is_exporting() else sample_by_bags
+        sample = sample_by_grid if self.training or torch.onnx.is_in_onnx_export() else sample_by_bags
         return self.output_proj(sample(values, offsets, weights, sizes).to(queries.dtype))
 
 

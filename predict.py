@@ -67,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto (default): a GPU if any")
     add("--dtype", choices=PRECISIONS, default="float32", help="int8: on CPUs, with torchao (default %(default)s)")
     add("--compile", action="store_true", help="torch.compile: minutes for the first image, then faster")
-    add("--backend", choices=["torch", "onnxruntime"], default="torch", help="default %(default)s")
+    add("--backend", choices=["torch", "onnxruntime"], default="torch", help="onnxruntime: for exports (default torch)")
     return parser
 
 
@@ -99,7 +99,7 @@ def find_inputs(inputs: list[str], out: Path) -> dict[str, Path]:
     return found
 
 
-def choose_classes(model: PreTrainedModel, names: str | None) -> dict[int, str]:
+def choose_classes(model: PreTrainedModel | OnnxSegmenter, names: str | None) -> dict[int, str]:
     """The classes to decide between, by id; raises ValueError for names that the model does not know."""
     known = model.config.id2label
     if names is None:
@@ -116,7 +116,9 @@ def choose_classes(model: PreTrainedModel, names: str | None) -> dict[int, str]:
     return {index: name for index, name in known.items() if name in wanted}
 
 
-def set_windows(model: PreTrainedModel, window: int | None, stride: int | None, window_batch: int | None) -> None:
+def set_windows(
+    model: PreTrainedModel | OnnxSegmenter, window: int | None, stride: int | None, window_batch: int | None
+) -> None:
     """Changes the sliding windows where a value is given; raises ValueError for values that do not go together."""
     config = model.config
     if window is not None:
@@ -266,6 +268,8 @@ def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dic
 
 def open_model(args: argparse.Namespace) -> Predictor:
     """The model folder of the command line, ready to predict; raises ValueError for what it cannot do."""
+    if (Path(args.model) / "export.json").is_file():
+        raise ValueError(f"{args.model} was made by export_tqdm.py; add --backend onnxruntime")
     device = args.device
     if device == "auto":
         device = next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
@@ -282,11 +286,11 @@ def open_model(args: argparse.Namespace) -> Predictor:
 
 
 def open_export(args: argparse.Namespace) -> Predictor:
-    """The exported folder of the command line; raises ValueError for options that belong to the export."""
-    if args.window is not None or args.dtype != "float32" or args.compile:
-        raise ValueError("--window, --dtype and --compile change what was exported; leave them out, or export anew")
-    model = OnnxSegmenter(args.model, "cuda" if args.device == "cuda" else "cpu")
-    set_windows(model, None, args.stride, args.window_batch)
+    """The exported folder of the command line; raises ValueError for what belongs to torch."""
+    if args.dtype != "float32" or args.compile:
+        raise ValueError("--dtype and --compile are for --backend torch, an export computes in float32; leave them out")
+    model = OnnxSegmenter(args.model, "cpu" if args.device == "auto" else args.device)
+    set_windows(model, args.window, args.stride, args.window_batch)
     processor = TqdmImageProcessor.from_pretrained(args.model)
     return Predictor(model, processor, choose_classes(model, args.classes), args.size, args.flip)
 

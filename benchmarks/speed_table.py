@@ -77,7 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     """Writes or compares; returns the exit status."""
     args = make_parser().parse_args(argv)
     files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(args.results.glob("*.json"))]
-    tables = "\n\n".join(suite_table(suite) for suite in files if "contenders" in suite)  # others are no race
+    parts = [suite_table(suite) for suite in files if "contenders" in suite]
+    if (
+        changes := args.results / "mode_changes.md"
+    ).is_file():  # no race, but what a mode costs belongs beside its speed
+        parts.append(changes.read_text(encoding="utf-8").removeprefix("# ").strip())
+    tables = "\n\n".join(parts)
     before = args.readme.read_text(encoding="utf-8")
     after = with_tables(before, tables)
     if not args.check:

@@ -162,6 +162,13 @@ def test_the_table_in_the_readme_is_the_results(tmp_path, capsys):
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| ours-exact | 2 | 2.00 | 0.50 | 80% | 2e-06 |" in text and "| ours-int8 | failed |" in text
+    (tmp_path / "results" / "mode_changes.md").write_text("# What changes\n\n| a |\n", encoding="utf-8")
+    assert speed_table.main(options) == 0 and "\nWhat changes\n\n| a |\n" in readme.read_text(encoding="utf-8")
     readme.write_text("no markers", encoding="utf-8")
     with pytest.raises(ValueError, match="add the lines"):
         speed_table.main(options)
+
+
+def test_the_readme_shows_the_committed_results():
+    assert list(speed_table.RESULTS.glob("inference_*.json"))
+    assert speed_table.main(["--check"]) == 0

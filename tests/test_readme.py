@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import micro_model
 
-from tqdm_seg import ablate, compare_runs, convert_checkpoint, evaluate_tqdm, predict, report, train
+from tqdm_seg import ablate, compare_runs, convert_checkpoint, evaluate_tqdm, export_tqdm, predict, report, train
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.publish_tqdm import save_model_folder
 
@@ -32,10 +32,12 @@ def checkout(tmp_path, monkeypatch) -> Path:
 
 
 def test_every_python_block_runs(checkout):
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 3
     for code in blocks("python"):
         scope: dict = {}
         exec(code, scope)
+        if "labels" in scope and "masks" not in scope:
+            assert scope["labels"].shape == (1, 224, 224)
         if "masks" in scope:
             assert scope["labels"].shape == scope["image"].size[::-1]
             assert scope["masks"].keys() <= set(scope["model"].config.id2label.values()) and scope["masks"]
@@ -48,6 +50,7 @@ def test_every_command_parses():
         "compare_runs.py": lambda argv: compare_runs.make_parser().parse_args(argv),
         "convert_checkpoint.py": convert_checkpoint.parse_args,
         "evaluate_tqdm.py": lambda argv: evaluate_tqdm.make_parser().parse_args(argv),
+        "export_tqdm.py": lambda argv: export_tqdm.make_parser().parse_args(argv),
         "predict.py": lambda argv: predict.make_parser().parse_args(argv),
         "report.py": lambda argv: report.make_parser().parse_args(argv),
         "train.py": train.parse_args,
@@ -58,7 +61,7 @@ def test_every_command_parses():
         if words[0] == "python" and words[1] in parsers:
             parsers[words[1]](words[2:])
             seen += 1
-    assert seen >= 9
+    assert seen >= 12
     options = re.findall(r"accelerate launch train.py (--[^`#\n]*)", README)
     assert options
     for line in options:
