@@ -180,4 +180,8 @@ def speed_options(group: argparse._ArgumentGroup) -> None:
         "of the embeddings' mean square (published: float32; default: %(default)s)",
     )
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add("--compile", metavar="BACKEND", help="torch.compile the model: inductor, aot_eager, ...")
+    add(
+        "--compile",
+        metavar="BACKEND",
+        help="torch.compile the model: inductor, aot_eager, ...; for GPUs: on a CPU it took minutes and gained nothing",
+    )
