@@ -31,10 +31,11 @@ from torch.nn import functional as F
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.model_folder_tqdm import load_model, model_folder
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, average_views, slide
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.modes_tqdm import prepare
 from tqdm_seg.prepare_tqdm import run
 from tqdm_seg.publish_tqdm import written_whole
+from tqdm_seg.windows_tqdm import Segmenter
 
 INPUT, OUTPUT = "pixel_values", "scores"
 OPSET = 20  # the first that has GELU as one operator; onnxruntime reads it since 1.17
@@ -82,17 +83,14 @@ def size_multiple(config: TqdmConfig) -> int:
     return 1 if vision.patch_remainder == "stretch" else vision.patch_size
 
 
-def export_onnx(window: WindowModel, example: Tensor, path: Path, opset: int) -> None:
-    """Writes the ONNX file; example (B, 3, h, w) of any size.
-
-    Raises ValueError for an operator set that torch cannot write.
-    """
+def export_onnx(window: WindowModel, path: Path, opset: int) -> None:
+    """Writes the ONNX file; raises ValueError for an operator set that torch cannot write."""
     require("onnxscript")
     tower = window.model.model.vision_tower
     # At the size of its position table the tower does not resize it, and the file would be for that size alone.
     size = ((tower.grid + patches) * tower.config.patch_size for patches in (1, 2))
     program = torch.onnx.export(
-        window, (example.new_zeros(2, 3, *size),), dynamo=True, opset_version=opset, input_names=[INPUT],
+        window, (torch.zeros(2, 3, *size),), dynamo=True, opset_version=opset, input_names=[INPUT],
         output_names=[OUTPUT], dynamic_shapes=({0: "batch", 2: "height", 3: "width"},), verbose=False,
     )  # fmt: skip
     made = program.model.opset_imports[""]
@@ -157,14 +155,14 @@ def export_model(
         if "onnx" in formats:
             path = temporary / "window.onnx"
             facts |= {"opset": opset, "multiple_of": size_multiple(config)}
-            export_onnx(window, example, path, opset)
+            export_onnx(window, path, opset)
             if inputs:
                 checks[path.name] = check(path.name, OnnxSegmenter(temporary).score, inputs, expected)
         (temporary / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return facts
 
 
-class OnnxSegmenter:
+class OnnxSegmenter(Segmenter):
     """An exported model that predicts as `TqdmForSemanticSegmentation` does, computed by onnxruntime in float32.
 
     device: "cpu" or "cuda". As many threads as torch uses. Raises FileNotFoundError for a folder that is no export,
@@ -211,39 +209,17 @@ class OnnxSegmenter:
         scores = self.session.run([OUTPUT], {INPUT: np.ascontiguousarray(padded.cpu().numpy())})[0]
         return torch.from_numpy(scores)[..., :height, :width].to(pixel_values.device)
 
-    def segment(
-        self,
-        views: Tensor | list[Tensor],
-        size: tuple[int, int] | None = None,
-        flip: bool = False,
-        softmax_views: bool = False,
-    ) -> Tensor:
-        """As `TqdmForSemanticSegmentation.segment`."""
-        views = [views] if isinstance(views, Tensor) else views
-        return average_views(self._score_view, views, size or views[0].shape[-2:], flip, softmax_views)
-
-    def _score_view(self, view: Tensor) -> Tensor:
-        config = self.config
-        if config.window_size is None or max(view.shape[-2:]) <= config.window_size:
-            return self.score(view)
-        batch = config.window_batch_size or (1 if self.device.type == "cpu" else 8)
-        return slide(self.score, view, config.num_labels, config.window_size, config.window_stride, batch)
-
-    def segment_labels(
-        self,
-        views: Tensor | list[Tensor],
-        size: tuple[int, int] | None = None,
-        flip: bool = False,
-        softmax_views: bool = False,
-    ) -> Tensor:
-        """As `TqdmForSemanticSegmentation.segment_labels`."""
-        return self.segment(views, size, flip, softmax_views).max(1).indices
+    def window_scorer(self) -> Callable[[Tensor], Tensor]:
+        """`score`."""
+        return self.score
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """'512x1024' -> (512, 1024)."""
-    height, width = (int(side) for side in text.split("x"))
-    return height, width
+    """'512x1024' -> (512, 1024); what argparse calls for an option."""
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, as 1024x2048")
+    return int(height), int(width)
 
 
 def make_parser() -> argparse.ArgumentParser:

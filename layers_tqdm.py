@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
@@ -35,6 +36,11 @@ def kept(make: Callable) -> Callable:
 def filled(values: Sequence[float], device: torch.device) -> Tensor:
     """values as a float32 vector that is filled on the device: a copy to a GPU would make the host wait for it."""
     return torch.cat([torch.full((1,), value, device=device) for value in values])
+
+
+def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """maps (B, C, h, w) at another size, bilinear."""
+    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 class TqdmBaseModel(PreTrainedModel):

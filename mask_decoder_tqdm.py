@@ -5,18 +5,12 @@ Letters: B batch, K classes = textual queries, N pixel tokens of a level, C hidd
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmConfig
-from .layers_tqdm import FeedForward, TqdmAttention, additive_mask
+from .layers_tqdm import FeedForward, TqdmAttention, additive_mask, resized
 from .pixel_decoder_tqdm import NUM_LEVELS, sine_positions
-
-
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """maps (B, C, h, w) at another size, bilinear."""
-    return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 class MaskDecoderLayer(GradientCheckpointingLayer):

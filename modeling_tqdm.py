@@ -25,7 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
 from .fusion_tqdm import expansion_of, fold_activation, head_with_pixels
-from .layers_tqdm import FeedForward, TqdmBaseModel, filled
+from .layers_tqdm import FeedForward, TqdmBaseModel, filled, resized
 from .loss_tqdm import (
     LossCounts,
     check_labels,
@@ -44,6 +44,7 @@ from .loss_tqdm import (
 from .mask_decoder_tqdm import MaskDecoder
 from .pixel_decoder_tqdm import PixelDecoder
 from .text_tqdm import TextualQueries
+from .windows_tqdm import Segmenter
 
 # Lets `pipeline("image-segmentation")` know the class, so that it does not report it as unsupported.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanticSegmentation")
@@ -138,73 +139,13 @@ def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
     return torch.einsum("bqk,bqhw->bkhw", class_logits.softmax(-1)[..., :-1], mask_logits.sigmoid())
 
 
-def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """Top left corners of the windows that cover an image: every `stride` pixels, the last ones moved back inside."""
-    rows, columns = (
-        [max(min(i * stride, n - size), 0) for i in range(max(-(-(n - size) // stride), 0) + 1)]
-        for n in (height, width)
-    )
-    return [(row, column) for row in rows for column in columns]
-
-
-def slide(
-    score: Callable[[Tensor], Tensor],
-    pixel_values: Tensor,
-    num_labels: int,
-    window_size: int,
-    window_stride: int,
-    window_batch_size: int,
-) -> Tensor:
-    """Scores (B, K, H, W) of pixel_values (B, 3, H, W), averaged over windows.
-
-    score: windows (n, 3, h, w) -> (n, K, h, w). A side smaller than the window is used as it is. Windows of an image go
-    through `score` window_batch_size at once.
-    """
-    batch, _, height, width = pixel_values.shape
-    rows, columns = min(window_size, height), min(window_size, width)
-    scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
-    hits = torch.zeros(height, width, device=pixel_values.device)
-    corners = window_corners(height, width, window_size, window_stride)
-    for start in range(0, len(corners), window_batch_size):
-        chunk = corners[start : start + window_batch_size]
-        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
-        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
-            scores[..., y : y + rows, x : x + columns] += part
-            hits[y : y + rows, x : x + columns] += 1
-    return scores.div_(hits)
-
-
-def average_views(
-    score_view: Callable[[Tensor], Tensor],
-    views: list[Tensor],
-    size: tuple[int, int],
-    flip: bool = False,
-    softmax_views: bool = False,
-) -> Tensor:
-    """Scores (B, K, h, w) at `size`, averaged over views (B, 3, H, W) and with `flip` over their mirror images.
-
-    score_view: a view -> its scores (B, K, H, W). softmax_views: see `TqdmForSemanticSegmentation.segment`.
-    """
-    total = None
-    for view in views:
-        for mirrored in (False, True)[: 1 + flip]:
-            scores = score_view(view.flip(-1) if mirrored else view).float()
-            if tuple(scores.shape[-2:]) != tuple(size):
-                scores = F.interpolate(scores, tuple(size), mode="bilinear", align_corners=False)
-            scores = scores.softmax(1) if softmax_views else scores
-            scores = scores.flip(-1) if mirrored else scores
-            total = scores if total is None else total.add_(scores)
-    count = len(views) * (1 + flip)
-    return total if count == 1 else total.div_(count)
-
-
 def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn.Parameter:
     """A parameter of rows: those of `values` with these numbers, and those of `fresh` where the number is None."""
     parts = [fresh[new] if old is None else values[old] for new, old in enumerate(rows)]
     return nn.Parameter(torch.stack([part.to(values.device, values.dtype) for part in parts]))
 
 
-class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
+class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
     """tqdm with its losses, per-pixel scores and sliding-window inference."""
 
     # Several losses are normalised by counts of their own, so a caller has to average over accumulated batches itself.
@@ -244,7 +185,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         if use_windows is None:
-            use_windows = labels is None and not self.training and self._exceeds_window(pixel_values)
+            use_windows = labels is None and not self.training and self.exceeds_window(pixel_values)
         if use_windows:
             return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
 
@@ -257,11 +198,7 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
             terms = self.compute_losses(
                 outputs, labels, mask_index, reference_image_embedding, reference_text_embedding, loss_counts
             )
-        logits = None
-        if output_logits:
-            logits = self._full_size(
-                semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1]), height, width
-            )
+        logits = self._scores(outputs, height, width) if output_logits else None
         return TqdmSemanticSegmenterOutput(
             loss=None if terms is None else torch.stack(list(terms.values())).sum(),
             logits=logits,
@@ -331,36 +268,20 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         )
         return terms
 
-    def _full_size(self, scores: Tensor, height: int, width: int) -> Tensor:
-        """scores (B, K, h, w) -> (B, K, height, width), the padding of the last patches cut off."""
-        covered = self.model.vision_tower.padded_size(height, width)
-        return F.interpolate(scores, covered, mode="bilinear", align_corners=False)[..., :height, :width]
+    def _scores(self, outputs: TqdmModelOutput, height: int, width: int) -> Tensor:
+        """Scores (B, K, height, width) of the last layer, the padding of the last patches cut off."""
+        scores = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
+        return resized(scores, self.model.vision_tower.padded_size(height, width))[..., :height, :width]
 
     def score(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
         """Scores (B, K, H, W) of images (B, 3, H, W) as they are, without windows; arguments as in `TqdmModel`."""
         outputs = self.model(pixel_values, encoded_text, all_layers=False)
-        scores = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
-        return self._full_size(scores, *pixel_values.shape[-2:])
+        return self._scores(outputs, *pixel_values.shape[-2:])
 
-    def _exceeds_window(self, pixel_values: Tensor) -> bool:
-        window = self.config.window_size
-        return window is not None and max(pixel_values.shape[-2:]) > window
-
-    def window_scores(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
-        """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
-
-        Without encoded_text (K, E) the class names go through the text tower, once for all windows.
-        """
-        config = self.config
-        encoded = self.model.text_queries.encode() if encoded_text is None else encoded_text
-        return slide(
-            lambda windows: self.score(windows, encoded), pixel_values, config.num_labels, config.window_size,
-            config.window_stride, self.window_batch_size(pixel_values.device),
-        )  # fmt: skip
-
-    def window_batch_size(self, device: torch.device) -> int:
-        """Windows per forward pass, see `TqdmConfig`."""
-        return self.config.window_batch_size or (1 if device.type == "cpu" else 8)
+    def window_scorer(self) -> Callable[[Tensor], Tensor]:
+        """`score`, for which the class names go through the text tower once."""
+        encoded = self.model.text_queries.encode()  # (K, E)
+        return lambda windows: self.score(windows, encoded)
 
     def freeze_text(self) -> None:
         """Stores the encoded class texts and drops the text tower, in place: half the size, the same predictions.
@@ -452,46 +373,6 @@ class TqdmForSemanticSegmentation(TqdmPreTrainedModel):
         head.weight, head.bias = with_rows(head.weight, rows, fresh.weight), with_rows(head.bias, rows, fresh.bias)
         head.out_features = len(rows)
         self.model.text_queries.set_texts(rows[:-1])
-
-    @torch.inference_mode()
-    def segment(
-        self,
-        views: Tensor | list[Tensor],
-        size: tuple[int, int] | None = None,
-        flip: bool = False,
-        softmax_views: bool = False,
-    ) -> Tensor:
-        """Scores (B, K, h, w) of images at any size, by windows where `config.window_size` asks for them.
-
-        views: pixel_values (B, 3, H, W), or a list of the same images at several scales, whose scores are averaged.
-        size: height and width of the result (bilinear), by default those of the first view.
-        flip: average every view with its mirror image.
-        softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code
-        does; the scores are sums of probabilities already, so this only flattens their differences.
-        Raises ValueError in training mode.
-        """
-        if self.training:
-            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
-        views = [views] if isinstance(views, Tensor) else views
-        size = views[0].shape[-2:] if size is None else size
-        encoded = self.model.text_queries.encode()  # (K, E)
-
-        def score_view(view: Tensor) -> Tensor:
-            return (self.window_scores if self._exceeds_window(view) else self.score)(view, encoded)
-
-        return average_views(score_view, views, size, flip, softmax_views)
-
-    @torch.inference_mode()
-    def segment_labels(
-        self,
-        views: Tensor | list[Tensor],
-        size: tuple[int, int] | None = None,
-        flip: bool = False,
-        softmax_views: bool = False,
-    ) -> Tensor:
-        """Class ids (B, h, w) int64; arguments as in `segment`."""
-        # On CPUs argmax over the classes would take four times as long.
-        return self.segment(views, size, flip, softmax_views).max(1).indices
 
 
 __all__ = [

@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmConfig
-from .layers_tqdm import FeedForward, TqdmAttention, kept
+from .layers_tqdm import FeedForward, TqdmAttention, kept, resized
 
 NUM_LEVELS = 3
 
@@ -249,5 +249,5 @@ class PixelDecoder(nn.Module):
         ]
         # As a copy of its own: a part of the tokens, though laid out the same, is resized ten times slower on CPUs.
         fine = pyramid[-1].clone(memory_format=torch.channels_last)
-        upsampled = F.interpolate(fine, finest.shape[-2:], mode="bilinear", align_corners=False)
+        upsampled = resized(fine, finest.shape[-2:])
         return self.mask_features(self.output(self.lateral(finest) + upsampled).relu()), pyramid

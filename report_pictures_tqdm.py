@@ -20,8 +20,9 @@ from tqdm_seg.data_tqdm import Frame
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.inference_tqdm import Inference, predict
 from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, slide
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.visualise_tqdm import tinted
+from tqdm_seg.windows_tqdm import slide
 
 WIDTH = 480  # of a picture in pixels
 HEAT_WIDTH = 224  # of a score map

@@ -20,7 +20,6 @@ mask2former-swin-b, -l, eomt-b, -l, segformer-b5: transformers' own models and p
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -47,7 +46,7 @@ from rivals import RIVALS, build_rival
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.export_tqdm import OPSET, OnnxSegmenter, WindowModel, export_onnx
+from tqdm_seg.export_tqdm import OPSET, OnnxSegmenter, WindowModel, export_onnx, parse_size
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.modes_tqdm import prepare
 
@@ -136,11 +135,9 @@ def build_ours(preset: str, size: tuple[int, int], mode: Mode, device: torch.dev
 def build_exported(preset: str, size: tuple[int, int], device: torch.device) -> Work:
     """Our model as onnxruntime computes it."""
     model = prepared_model(preset, Mode(), device)
-    window = (model.config.window_size,) * 2
     folder = Path(tempfile.mkdtemp())
-    export_onnx(WindowModel(model), torch.zeros(2, 3, *window), folder / "window.onnx", OPSET)
+    export_onnx(WindowModel(model), folder / "window.onnx", OPSET)
     model.config.to_json_file(folder / "config.json")
-    (folder / "export.json").write_text(json.dumps({"size": window}))
     runtime = OnnxSegmenter(folder)
     return Work(
         call=runtime.segment_labels,
@@ -202,14 +199,6 @@ def remarks_on(preset: str) -> str:
         f"are random. Our model and the published order slide windows of {config.window_size} every "
         f"{config.window_stride} pixels; the others run as their image processors ask for.\n\n"
     )
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """HEIGHTxWIDTH."""
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, as 1024x2048")
-    return int(height), int(width)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -42,7 +42,7 @@ from tqdm_seg.data_tqdm import (
     train_loader,
 )
 from tqdm_seg.prepare_tqdm import Pair, Source, prepare, prepare_parser
-from tqdm_seg.shards_tqdm import read_frame
+from tqdm_seg.shards_tqdm import read_frame, write_whole
 
 COMMA = Path(__file__).parents[1] / "examples" / "comma10k"
 
@@ -144,8 +144,8 @@ def write(out: Path, rates: dict[str, list[float]], workers: int, memory_mb: flo
         f"{facts['repeats']} rounds in turns. Memory at the end: {memory_mb:.0f} MB.\n\n`{facts['command']}`\n"
     )
     out.mkdir(parents=True, exist_ok=True)
-    (out / "loader.json").write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
-    (out / "loader.md").write_text(page, encoding="utf-8")
+    write_whole(out / "loader.json", (json.dumps(suite, indent=1) + "\n").encode())
+    write_whole(out / "loader.md", page.encode())
 
 
 def main() -> None:

@@ -440,6 +440,7 @@ def run_facts(settings: Settings) -> dict[str, Any]:
         "transformers": version("transformers"),
         "tf32": tf32_use(device),
         "repeats": settings.repeats,
+        "order": "in which the contenders took turns",
         "warm_ups": settings.warm_ups,
         "not_counted": NOT_COUNTED,
     }
@@ -492,8 +493,8 @@ def results_markdown(title: str, results: list[Result], baselines: list[str], fa
         f"# {title}",
         results_table(results, baselines),
         f"{facts['date']}, {facts['device']} ({facts['processor']}, {facts['threads']} of {facts['cores']} threads), "
-        f"torch {facts['torch']}, transformers {facts['transformers']}. Medians of {facts['repeats']} rounds, in which "
-        f"the contenders took turns, after {facts['warm_ups']} to warm up; ratios are medians over the rounds. "
+        f"torch {facts['torch']}, transformers {facts['transformers']}. Medians of {facts['repeats']} rounds, "
+        f"{facts['order']}, after {facts['warm_ups']} to warm up; ratios are medians over the rounds. "
         f"Operations do not include {facts['not_counted']}. Matrix products: {best_rates(results)}. "
         f"TF32: {facts['tf32']}.",
         f"`{facts['command']}`",

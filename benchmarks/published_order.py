@@ -14,7 +14,6 @@ Letters: B batch, K classes = textual queries, N pixel tokens, C hidden, D visio
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable
 
@@ -23,8 +22,16 @@ from measure_tqdm import synchronise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tqdm_seg import pixel_decoder_tqdm
 from tqdm_seg.layers_tqdm import additive_mask
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, window_corners
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.windows_tqdm import window_corners
+
+# Made anew on every call.
+sine_positions, cell_centres = (
+    pixel_decoder_tqdm.sine_positions.__wrapped__,
+    pixel_decoder_tqdm.cell_centres.__wrapped__,
+)
 
 # Methods of `PublishedOrder`; what else it does is "rest".
 PARTS = ("backbone", "text_encoder", "context_decoder", "pixel_decoder", "mask_decoder")
@@ -35,29 +42,6 @@ PUBLISHED_SECONDS = {
     "backbone": 1.927, "text_encoder": 0.135, "context_decoder": 0.014, "pixel_decoder": 1.811, "mask_decoder": 0.147,
     "rest": 0.157,
 }  # fmt: skip
-
-
-def sine_positions(h: int, w: int, channels: int, device: torch.device) -> Tensor:
-    """The model's sine encoding of a (h, w) map, made anew on every call: (1, h w, C)."""
-    half = channels // 2
-    frequencies = 10000 ** (-torch.arange(0, half, 2, device=device).float() / half)  # (C / 4)
-    axes = []
-    for n in (h, w):
-        position = torch.arange(1, n + 1, device=device).float() / (n + 1e-6) * 2 * math.pi
-        angles = position[:, None] * frequencies  # (n, C / 4)
-        axes.append(torch.stack((angles.sin(), angles.cos()), -1).flatten(1))  # (n, C / 2)
-    rows, columns = axes[0][:, None].expand(h, w, half), axes[1][None].expand(h, w, half)
-    return torch.cat((rows, columns), -1).flatten(0, 1)[None]
-
-
-def cell_centres(sizes: list[tuple[int, int]], device: torch.device) -> Tensor:
-    """Centres (N, 2) of the cells of all levels as x, y in 0 ... 1."""
-    centres = []
-    for h, w in sizes:
-        y = (torch.arange(h, device=device).float() + 0.5) / h
-        x = (torch.arange(w, device=device).float() + 0.5) / w
-        centres.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), -1).flatten(0, 1))
-    return torch.cat(centres)
 
 
 def deformable_attention(

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from tqdm_seg.loss_tqdm import (
     choose_points,
     class_loss,
-    count_losses,
     dice_loss,
     mask_loss,
     sample_logits,
@@ -31,6 +30,7 @@ from tqdm_seg.loss_tqdm import (
     visual_loss,
 )
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.train import batch_counts
 
 # Seconds of the published code itself, CLIP ViT-B/16, batch 1, 512x512, float32, without optimiser: measured once on
 # another machine, torch 2.13, 2 threads. Only the shares compare.
@@ -50,7 +50,7 @@ class PublishedTraining:
     """Losses of a model in the published order of work."""
 
     def __init__(self, model: TqdmForSemanticSegmentation):
-        self.config = model.config
+        self.model, self.config = model, model.config
         self.order = PublishedOrder(model)
         self.reference = copy.deepcopy(model.model.vision_tower)  # its weights learn nothing, and record nothing
         self.reference_text = model.model.text_queries.encode_reference()  # (K, E)
@@ -85,17 +85,9 @@ class PublishedTraining:
             score_map / config.score_map_temperature, batch["labels"].shape[1:], mode="bilinear", align_corners=False
         )
         entropy = F.cross_entropy(logits, batch["labels"], ignore_index=config.ignore_index, reduction="none")
-        pixels = self.counts(batch).labelled.clamp(min=1)
+        pixels = batch_counts(batch, self.model).labelled.clamp(min=1)
         terms["loss_score_map"] = config.score_map_loss_weight * entropy.sum() / pixels
         return terms
-
-    def counts(self, batch: dict[str, Any]) -> Any:
-        """What the losses of the batch are divided by."""
-        config = self.config
-        return count_losses(
-            batch["mask_index"], batch["labels"], config.num_labels, config.no_object_weight,
-            config.score_map_loss_over, config.ignore_index,
-        )  # fmt: skip
 
     def layer_losses(
         self, class_logits: Tensor, mask_logits: Tensor, batch: dict[str, Any], points: Tensor | None
@@ -116,7 +108,7 @@ class PublishedTraining:
             )[0]
         point_logits = sample_logits(picked, points[None])  # (1, M, P)
         targets = sample_logits(torch.cat(true_masks).float()[None], points[None])
-        counts = self.counts(batch)
+        counts = batch_counts(batch, self.model)
         num_masks = counts.masks.clamp(min=1)
         return {
             "loss_class": config.class_loss_weight

@@ -370,16 +370,13 @@ def main(argv: list[str] | None = None) -> int:
         compare(results, folder)
         medians = part_medians(results, folder, settings)
     facts = run_facts(settings) | {
-        "preset": args.preset, "size": args.size, "batch_size": batch_size,
+        "preset": args.preset, "size": args.size, "batch_size": batch_size, "order": ALONE,
         "parts": {name: dict(zip(PARTS, values, strict=True)) for name, values in medians.items()},
     }  # fmt: skip
     shape = f"{args.size}x{args.size}"
     name, title = f"training_{args.preset}_{shape}_{device.type}", f"Training step: {args.preset}, {shape}"
     remarks = f"{REMARKS}\n\n{parts_table(medians, args.preset)}"
     write_results(args.out, name, f"{title}, batch {batch_size}", results, [BASELINE], facts, remarks)
-    page = args.out / f"{name}.md"
-    text = page.read_text(encoding="utf-8").replace("in which the contenders took turns", ALONE)
-    page.write_text(text, encoding="utf-8")
     return exit_status(results)
 
 

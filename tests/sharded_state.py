@@ -21,7 +21,7 @@ def sharded(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
             fully_shard(module, mesh=mesh)
     fully_shard(model, mesh=mesh)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW([{"name": "all", "base_lr": 0.1, "params": parameters}], lr=0.1)
+    optimizer = torch.optim.AdamW([{"name": "all", "base_lr": 0.1, "params": parameters}], lr=0.1, fused=True)
     for _ in range(steps):
         for number, parameter in enumerate(parameters):
             parameter.grad = torch.full_like(parameter, float(number + 1))

@@ -144,7 +144,15 @@ def test_the_table_in_the_readme_is_the_results(tmp_path, capsys):
         Result("ours-exact", 2.0, [2.0], 500, 8, 5.0, 0.8, 2e-6),
         Result("ours-int8", error="Traceback\nValueError: no"),
     ]
-    facts = {"device": "cpu", "processor": "x", "threads": 2, "cores": 2, "torch": "2", "transformers": "5"}
+    facts = {
+        "device": "cpu",
+        "processor": "x",
+        "threads": 2,
+        "cores": 2,
+        "torch": "2",
+        "transformers": "5",
+        "order": "in turns",
+    }
     facts |= {
         "date": "2030-01-01",
         "repeats": 1,

@@ -174,7 +174,7 @@ def test_an_operator_set_that_torch_does_not_write_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **options: program)
     window = export_tqdm.WindowModel(micro_model())
     with pytest.raises(ValueError, match="--opset 16: torch .* gets no lower than 18"):
-        export_tqdm.export_onnx(window, torch.zeros(1, 3, 32, 32), tmp_path / "window.onnx", 16)
+        export_tqdm.export_onnx(window, tmp_path / "window.onnx", 16)
 
 
 def test_the_torch_file_is_of_a_window_or_of_the_size_asked_for():

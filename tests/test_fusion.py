@@ -12,9 +12,10 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.layers_tqdm import FeedForward, kept
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, window_corners
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.pixel_decoder_tqdm import sample_by_bags, sample_by_grid, sine_positions
 from tqdm_seg.publish_tqdm import save_model_folder
+from tqdm_seg.windows_tqdm import window_corners
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PHOTOS = sorted(ROOT.glob("examples/frames/validation/*/image_data/*"))[:3]
 MODEL_CODE = {
     "backbone_tqdm.py", "configuration_tqdm.py", "fusion_tqdm.py", "layers_tqdm.py", "loss_tqdm.py",
-    "mask_decoder_tqdm.py", "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py",
+    "mask_decoder_tqdm.py", "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py", "windows_tqdm.py",
 }  # fmt: skip
 SHIPPED = MODEL_CODE | {"image_processing_tqdm.py"}
 WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors"}

@@ -1,0 +1,143 @@
+"""Images of any size for what scores windows: sliding, views, mirror images, class ids.
+
+Letters: B batch, K classes, H, W image, h, w window or result.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .configuration_tqdm import TqdmConfig
+from .layers_tqdm import resized
+
+
+def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
+    """Top left corners of the windows that cover an image: every `stride` pixels, the last ones moved back inside."""
+    rows, columns = (
+        [max(min(i * stride, n - size), 0) for i in range(max(-(-(n - size) // stride), 0) + 1)]
+        for n in (height, width)
+    )
+    return [(row, column) for row in rows for column in columns]
+
+
+def slide(
+    score: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    num_labels: int,
+    window_size: int,
+    window_stride: int,
+    window_batch_size: int,
+) -> Tensor:
+    """Scores (B, K, H, W) of pixel_values (B, 3, H, W), averaged over windows.
+
+    score: windows (n, 3, h, w) -> (n, K, h, w). A side smaller than the window is used as it is. Windows of an image go
+    through `score` window_batch_size at once.
+    """
+    batch, _, height, width = pixel_values.shape
+    rows, columns = min(window_size, height), min(window_size, width)
+    scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
+    hits = torch.zeros(height, width, device=pixel_values.device)
+    corners = window_corners(height, width, window_size, window_stride)
+    for start in range(0, len(corners), window_batch_size):
+        chunk = corners[start : start + window_batch_size]
+        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
+        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
+            scores[..., y : y + rows, x : x + columns] += part
+            hits[y : y + rows, x : x + columns] += 1
+    return scores.div_(hits)
+
+
+def average_views(
+    score_view: Callable[[Tensor], Tensor],
+    views: list[Tensor],
+    size: tuple[int, int],
+    flip: bool = False,
+    softmax_views: bool = False,
+) -> Tensor:
+    """Scores (B, K, h, w) at `size`, averaged over views (B, 3, H, W) and with `flip` over their mirror images.
+
+    score_view: a view -> its scores (B, K, H, W). softmax_views: see `Segmenter.segment`.
+    """
+    total = None
+    for view in views:
+        for mirrored in (False, True)[: 1 + flip]:
+            scores = score_view(view.flip(-1) if mirrored else view).float()
+            if tuple(scores.shape[-2:]) != tuple(size):
+                scores = resized(scores, size)
+            scores = scores.softmax(1) if softmax_views else scores
+            scores = scores.flip(-1) if mirrored else scores
+            total = scores if total is None else total.add_(scores)
+    count = len(views) * (1 + flip)
+    return total if count == 1 else total.div_(count)
+
+
+class Segmenter:
+    """Scores and class ids of images of any size, for a class that has `config` and `window_scorer`."""
+
+    config: TqdmConfig
+    training = False
+
+    def window_scorer(self) -> Callable[[Tensor], Tensor]:
+        """What scores windows: (n, 3, h, w) -> (n, K, h, w)."""
+        raise NotImplementedError
+
+    def exceeds_window(self, pixel_values: Tensor) -> bool:
+        """True where `config.window_size` asks for windows over pixel_values (B, 3, H, W)."""
+        window = self.config.window_size
+        return window is not None and max(pixel_values.shape[-2:]) > window
+
+    def window_batch_size(self, device: torch.device) -> int:
+        """Windows per forward pass, see `TqdmConfig`."""
+        return self.config.window_batch_size or (1 if device.type == "cpu" else 8)
+
+    def window_scores(self, pixel_values: Tensor, score: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
+
+        score: a `window_scorer()`, made here if not given.
+        """
+        config, score = self.config, score or self.window_scorer()
+        return slide(
+            score, pixel_values, config.num_labels, config.window_size, config.window_stride,
+            self.window_batch_size(pixel_values.device),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def segment(
+        self,
+        views: Tensor | list[Tensor],
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+        softmax_views: bool = False,
+    ) -> Tensor:
+        """Scores (B, K, h, w) of images at any size, by windows where `config.window_size` asks for them.
+
+        views: pixel_values (B, 3, H, W), or a list of the same images at several scales, whose scores are averaged.
+        size: height and width of the result (bilinear), by default those of the first view.
+        flip: average every view with its mirror image.
+        softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code
+        does; the scores are sums of probabilities already, so this only flattens their differences.
+        Raises ValueError in training mode.
+        """
+        if self.training:
+            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
+        views = [views] if isinstance(views, Tensor) else views
+        size = views[0].shape[-2:] if size is None else size
+        score = self.window_scorer()
+
+        def score_view(view: Tensor) -> Tensor:
+            return self.window_scores(view, score) if self.exceeds_window(view) else score(view)
+
+        return average_views(score_view, views, size, flip, softmax_views)
+
+    @torch.inference_mode()
+    def segment_labels(
+        self,
+        views: Tensor | list[Tensor],
+        size: tuple[int, int] | None = None,
+        flip: bool = False,
+        softmax_views: bool = False,
+    ) -> Tensor:
+        """Class ids (B, h, w) int64; arguments as in `segment`."""
+        # On CPUs argmax over the classes would take four times as long.
+        return self.segment(views, size, flip, softmax_views).max(1).indices
