@@ -64,7 +64,8 @@ class MaskDecoder(nn.Module):
         """queries (B, K, C) after the last norm, pixels (B, C, h, w) -> mask logits (B, K, h, w)."""
         weights, *bias = self.mask_head(queries).split(pixels.shape[1], -1)  # (B, K, C); a bias only where folded
         # Pixels first: with channels side by side in memory, as they are after fusing, bfloat16 needs no copy of them.
-        logits = (pixels.flatten(2).transpose(1, 2) @ weights.transpose(1, 2)).transpose(1, 2)  # (B, K, h w)
+        logits = pixels.flatten(2).transpose(1, 2) @ weights.transpose(1, 2)  # (B, h w, K)
+        logits = logits.transpose(1, 2).contiguous()  # (B, K, h w)
         return (logits + bias[0] if bias else logits).unflatten(2, pixels.shape[-2:])
 
     def predict(self, queries: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
