@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
-from .fusion_tqdm import expansion_of, fold_activation, head_with_pixels
+from .fusion_tqdm import PatchExpansion, expansion_of, fold_activation, head_with_pixels
 from .layers_tqdm import FeedForward, TqdmBaseModel, filled, resized
 from .loss_tqdm import (
     LossCounts,
@@ -318,10 +318,12 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         if self.fused:
             return
         pyramid, pixels, head = self.model.vision_tower.pyramid, self.model.pixel_decoder, self.model.mask_decoder
-        pyramid.up4[0] = expansion_of(pyramid.up4[0], norm=pyramid.up4[1])
-        pyramid.up4[3] = expansion_of(pyramid.up4[3], pointwise=pixels.lateral.conv)
-        pyramid.up2 = expansion_of(pyramid.up2, pointwise=pixels.inputs[-1].conv)
-        pyramid.up4[1] = pixels.lateral.conv = pixels.inputs[-1].conv = nn.Identity()
+        first, norm, activation, second = pyramid.up4
+        pyramid.up4 = PatchExpansion(
+            expansion_of(first, norm=norm), activation, expansion_of(second, pointwise=pixels.lateral.conv)
+        )
+        pyramid.up2 = PatchExpansion(expansion_of(pyramid.up2, pointwise=pixels.inputs[-1].conv))
+        pixels.lateral.conv = pixels.inputs[-1].conv = nn.Identity()
         pixels.output.to(memory_format=torch.channels_last)  # as the maps lie after PatchExpansion
         head.mask_head[-1] = head_with_pixels(head.mask_head[-1], pixels.mask_features)
         pixels.mask_features = nn.Identity()

@@ -16,6 +16,9 @@ from .configuration_tqdm import TqdmConfig
 from .layers_tqdm import FeedForward, TqdmAttention, kept, resized
 
 NUM_LEVELS = 3
+# Pixels that go through a layer at once when a CPU predicts. In float32 what a few of them need fits the caches; in the
+# shorter types, whose products are several times as fast, starting many small operations takes longer than it saves.
+PIXELS_AT_ONCE, SHORT_PIXELS_AT_ONCE = 1344, 5376
 
 
 @kept
@@ -46,33 +49,44 @@ def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Te
     return torch.cat(centres)
 
 
-def sample_by_grid(values: Tensor, offsets: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+def softmax_over_few(scores: Tensor) -> Tensor:
+    """Softmax over a short last dimension, in float32; on CPUs torch's own takes five times as long for a dozen."""
+    if scores.device.type != "cpu" or torch.is_grad_enabled():
+        return scores.softmax(-1, dtype=torch.float32)
+    shares = scores.float().sub(scores.amax(-1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(-1, keepdim=True))
+
+
+def sample_by_grid(
+    values: Tensor, offsets: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...], start: int = 0
+) -> Tensor:
     """Weighted sums of bilinear samples, zero outside, one `grid_sample` per level: the reference.
 
-    values (B, N, heads, c) of all levels; offsets (B, N, heads, levels, points, 2) from each cell's own centre, x, y in
-    cells of the level that is read; weights (B, N, heads, levels, points) -> (B, N, heads c).
+    values (B, N, heads, c) of all levels; offsets (B, Q, heads, levels, points, 2) of the Q cells from `start` on, from
+    each cell's own centre, x, y in cells of the level that is read; weights (B, Q, heads, levels, points)
+    -> (B, Q, heads c).
     """
-    batch, length, heads, _ = values.shape
-    centres = cell_centres(sizes, values.device)[:, None, None]  # (N, 1, 1, 2)
+    batch, length, heads = offsets.shape[:3]
+    centres = cell_centres(sizes, values.device)[start : start + length, None, None]  # (Q, 1, 1, 2)
     values = values.permute(0, 2, 3, 1).flatten(0, 1)  # (B heads, c, N)
     sampled = []
     for level, (value, (h, w)) in enumerate(zip(values.split([h * w for h, w in sizes], -1), sizes, strict=True)):
-        x, y = offsets[:, :, :, level].unbind(-1)  # (B, N, heads, points)
+        x, y = offsets[:, :, :, level].unbind(-1)  # (B, Q, heads, points)
         places = centres + torch.stack((x / w, y / h), -1)
-        grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B heads, N, points, 2) in -1 ... 1
+        grid = (2 * places - 1).transpose(1, 2).flatten(0, 1)  # (B heads, Q, points, 2) in -1 ... 1
         sampled.append(F.grid_sample(value.unflatten(-1, (h, w)), grid, align_corners=False))
-    weights = weights.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]  # (B heads, 1, N, levels points)
-    output = (torch.cat(sampled, -1) * weights).sum(-1)  # (B heads, c, N); each sample is (..., N, points)
+    weights = weights.flatten(3).transpose(1, 2).flatten(0, 1)[:, None]  # (B heads, 1, Q, levels points)
+    output = (torch.cat(sampled, -1) * weights).sum(-1)  # (B heads, c, Q); each sample is (..., Q, points)
     return output.view(batch, -1, length).transpose(1, 2)
 
 
 @kept
-def bag_layout(sizes: tuple[tuple[int, int], ...], heads: int, device: torch.device) -> tuple[Tensor, ...]:
+def bag_layout(sizes: tuple[tuple[int, int], ...], heads: int, points: int, device: torch.device) -> tuple[Tensor, ...]:
     """How the cells of all levels lie one after the other, each level with a border of zeros.
 
     Returns origins (N, levels, 2), the centre of every cell in cells of each bordered level; the last place (levels, 2)
-    on each, over which all is zero; cells per row (levels, 1); and where (heads, levels, 1, 4) the four neighbours of a
-    level's first cell lie, counted in cells times heads.
+    on each, over which all is zero; cells per row (levels, 1); and where (heads, 4, levels points) the four neighbours
+    of a point on its level's first cell lie, counted in cells times heads.
     """
     extent = torch.tensor([(w, h) for h, w in sizes], device=device)  # (levels, 2)
     origins = cell_centres(sizes, device)[:, None] * extent + 0.5
@@ -80,37 +94,49 @@ def bag_layout(sizes: tuple[tuple[int, int], ...], heads: int, device: torch.dev
     cells = (extent + 2).prod(-1)  # (levels)
     starts = (cells.cumsum(0) - cells)[:, None]  # (levels, 1)
     neighbours = torch.cat((starts, starts + 1, starts + row, starts + row + 1), 1)  # (levels, 4)
-    rows = neighbours * heads + torch.arange(heads, device=device)[:, None, None]  # (heads, levels, 4)
-    return origins, (extent + 1).float(), row.float(), rows[:, :, None].int()
+    rows = neighbours.T.repeat_interleave(points, 1) * heads + torch.arange(heads, device=device)[:, None, None]
+    return origins, (extent + 1).float(), row.float(), rows.int()
 
 
-def sample_by_bags(values: Tensor, offsets: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
-    """`sample_by_grid` as one weighted sum of table rows per pixel and head: nothing is sampled into memory first.
-
-    A place outside of a level is moved to the border of zeros, so that every sample is of four cells.
-    """
-    batch, length, heads, width = values.shape
-    origins, last, row, rows = bag_layout(sizes, heads, values.device)
+def with_borders(values: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    """values (B, N, heads, c) of all levels -> (B, cells, heads, c), each level with a border of zeros."""
     levels = [
         F.pad(value.unflatten(1, size), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)  # (B, (h + 2) (w + 2), heads, c)
         for value, size in zip(values.split([h * w for h, w in sizes], 1), sizes, strict=True)
     ]
-    room = values.new_zeros(batch, sizes[-1][1] + 3, heads, width)  # for the lower neighbours of the last border
-    table = torch.cat([*levels, room], 1)  # (B, cells, heads, c)
+    room = values.new_zeros(len(values), sizes[-1][1] + 3, *values.shape[2:])  # for neighbours below the last border
+    return torch.cat([*levels, room], 1)
 
-    places = (offsets + origins[:, None, :, None]).clamp_(min=torch.zeros_like(last)[:, None], max=last[:, None])
+
+def sample_by_bags(
+    table: Tensor, offsets: Tensor, weights: Tensor, sizes: tuple[tuple[int, int], ...], start: int = 0
+) -> Tensor:
+    """`sample_by_grid` as one weighted sum of table rows per pixel and head: nothing is sampled into memory first.
+
+    table (B, cells, heads, c): the values `with_borders`. A place outside of a level is moved to the border of zeros,
+    so that every sample is of four cells.
+    """
+    batch, length, heads, _, points, _ = offsets.shape
+    origins, last, row, rows = bag_layout(sizes, heads, points, table.device)
+    origins = origins[start : start + length, None, :, None]  # (Q, 1, levels, 1, 2)
+    places = (offsets + origins).clamp_(min=torch.zeros_like(last)[:, None], max=last[:, None])
     corners = places.floor()
-    x, y = (places - corners).unbind(-1)  # (B, N, heads, levels, points)
+    x, y = (places - corners).flatten(3, 4).unbind(-1)  # (B, Q, heads, levels points)
     first = torch.addcmul(corners[..., 0], corners[..., 1], row).int()  # in cells of a level
-    first = first.clamp_(0, levels[-1].shape[1] - 1)  # what is not finite has to stay inside of the table
-    images = torch.arange(batch, device=values.device).int() * (table.shape[1] * heads)
-    index = (first * heads)[..., None] + (rows + images.view(-1, 1, 1, 1, 1, 1))  # (B, N, heads, levels, points, 4)
-    shares = torch.stack(((1 - x) * (1 - y), x * (1 - y), (1 - x) * y, x * y), -1).mul_(weights[..., None])
+    h, w = sizes[-1]
+    first = first.clamp_(0, (h + 2) * (w + 2) - 1).flatten(3)  # what is not finite has to stay inside of the table
+    images = torch.arange(batch, device=table.device).int() * (table.shape[1] * heads)
+    index = (first * heads)[:, :, :, None] + (rows + images.view(-1, 1, 1, 1, 1))  # (B, Q, heads, 4, levels points)
+    weights = weights.flatten(3)  # (B, Q, heads, levels points)
+    lower = y * weights
+    upper = weights - lower
+    lower_right, upper_right = x * lower, x * upper
+    shares = torch.stack((upper - upper_right, upper_right, lower - lower_right, lower_right), 3)
     bags = batch * length * heads
     output = F.embedding_bag(
         index.view(bags, -1), table.flatten(0, 2), mode="sum", per_sample_weights=shares.view(bags, -1)
     )
-    return output.view(batch, length, heads * width)
+    return output.view(batch, length, -1)
 
 
 class DeformableAttention(nn.Module):
@@ -140,16 +166,23 @@ class DeformableAttention(nn.Module):
             init.xavier_uniform_(linear.weight)
             init.zeros_(linear.bias)
 
-    def forward(self, queries: Tensor, pixels: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
-        """queries, pixels (B, N, C); sizes: (h, w) of each level in token order -> (B, N, C)."""
+    def forward(self, queries: Tensor, values: Tensor, sizes: tuple[tuple[int, int], ...], start: int = 0) -> Tensor:
+        """queries (B, Q, C) of the cells from `start` on, values: `readable`; sizes: (h, w) per level -> (B, Q, C)."""
         shape = (*queries.shape[:2], self.num_heads, NUM_LEVELS, self.num_points)
         # Places are computed in float32: bfloat16 would move them by whole cells.
         offsets = self.sampling_offsets(queries).float().view(*shape, 2)  # in cells of each level
-        weights = self.attention_weights(queries).view(*shape[:3], -1).softmax(-1, dtype=torch.float32).view(shape)
+        weights = softmax_over_few(self.attention_weights(queries).view(*shape[:3], -1)).view(shape)
+        sample = sample_by_bags if self.by_bags() else sample_by_grid
+        return self.output_proj(sample(values, offsets, weights, sizes, start).to(queries.dtype))
+
+    def readable(self, pixels: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+        """pixels (B, N, C) -> what the queries read, (B, N or cells, heads, C / heads)."""
         values = self.value_proj(pixels).float().unflatten(-1, (self.num_heads, -1))  # (B, N, heads, C / heads)
-        # Bags take a quarter of the time; with their gradients they gain nothing, and ONNX does not know them.
-        sample = sample_by_grid if self.training or torch.onnx.is_in_onnx_export() else sample_by_bags
-        return self.output_proj(sample(values, offsets, weights, sizes).to(queries.dtype))
+        return with_borders(values, sizes) if self.by_bags() else values
+
+    def by_bags(self) -> bool:
+        """Bags take a quarter of the time; with their gradients they gain nothing, and ONNX does not know them."""
+        return not (self.training or torch.onnx.is_in_onnx_export())
 
 
 class PixelDecoderLayer(GradientCheckpointingLayer):
@@ -176,10 +209,23 @@ class PixelDecoderLayer(GradientCheckpointingLayer):
         sizes: tuple[tuple[int, int], ...],
     ) -> Tensor:
         """pixels (B, N, C), positions (1, N, C), text_keys and text (B, K, C) -> pixels (B, N, C)."""
-        pixels = self.norm1(pixels + self.deformable(pixels + positions, pixels, sizes))
-        if self.text_attention is not None:
-            pixels = self.norm2(pixels + self.text_attention(pixels + positions, text_keys, text))
-        return self.norm3(pixels + self.ffn(pixels))
+        values = self.deformable.readable(pixels, sizes)
+        # All that follows is one pixel's own affair.
+        step = self.pixels_at_once(pixels)
+        pieces = []
+        for start in range(0, pixels.shape[1], step):
+            piece, place = pixels[:, start : start + step], positions[:, start : start + step]  # (B, Q, C), (1, Q, C)
+            piece = self.norm1(piece + self.deformable(piece + place, values, sizes, start))
+            if self.text_attention is not None:
+                piece = self.norm2(piece + self.text_attention(piece + place, text_keys, text))
+            pieces.append(self.norm3(piece + self.ffn(piece)))
+        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+
+    def pixels_at_once(self, pixels: Tensor) -> int:
+        """How many of the pixels (B, N, C) go through the layer together: all, but for predictions on a CPU."""
+        if self.training or pixels.device.type != "cpu" or torch.compiler.is_compiling():
+            return pixels.shape[1]
+        return PIXELS_AT_ONCE if pixels.dtype == torch.float32 else SHORT_PIXELS_AT_ONCE
 
 
 class ConvGroupNorm(nn.Sequential):
@@ -249,5 +295,5 @@ class PixelDecoder(nn.Module):
         ]
         # As a copy of its own: a part of the tokens, though laid out the same, is resized ten times slower on CPUs.
         fine = pyramid[-1].clone(memory_format=torch.channels_last)
-        upsampled = resized(fine, finest.shape[-2:])
-        return self.mask_features(self.output(self.lateral(finest) + upsampled).relu()), pyramid
+        lateral = self.lateral(finest).add_(resized(fine, finest.shape[-2:]))  # in place: these maps are the largest
+        return self.mask_features(self.output(lateral).relu_()), pyramid

@@ -3,7 +3,7 @@
 Letters: B batch, K classes, H, W image, h, w window or result.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -21,6 +21,47 @@ def window_corners(height: int, width: int, size: int, stride: int) -> list[tupl
     return [(row, column) for row in rows for column in columns]
 
 
+def slide_rows(
+    score: Callable[[Tensor], Tensor],
+    pixel_values: Tensor,
+    scores: Tensor,
+    window_size: int,
+    window_stride: int,
+    window_batch_size: int,
+) -> Iterator[Tensor]:
+    """`slide`, some rows (B, K, r, W) at a time, from top to bottom of the image.
+
+    scores (B, K, H or h, W): zeros, to sum in; what is yielded are parts of it. If it is only as high as a window, what
+    was yielded is overwritten afterwards.
+    """
+    batch, _, height, width = pixel_values.shape
+    rows, columns = min(window_size, height), min(window_size, width)
+    corners = window_corners(height, width, window_size, window_stride)
+    row_hits, column_hits = torch.zeros(2, max(height, width), device=pixel_values.device).unbind()
+    for y in {y for y, _ in corners}:
+        row_hits[y : y + rows] += 1
+    for x in {x for _, x in corners}:
+        column_hits[x : x + columns] += 1
+    base = top = 0  # rows of the image: the first one in `scores`, and the first one that is not finished
+
+    def finished(end: int) -> Tensor:
+        return scores[..., top - base : end - base, :].div_(row_hits[top:end, None] * column_hits[:width])
+
+    for start in range(0, len(corners), window_batch_size):
+        chunk = corners[start : start + window_batch_size]
+        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
+        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
+            if y > top:
+                yield finished(y)
+                if y + rows > base + scores.shape[-2]:  # no room: the finished rows go
+                    unfinished = scores[..., y - base :, :].clone()
+                    scores.zero_()[..., : unfinished.shape[-2], :] = unfinished
+                    base = y
+                top = y
+            scores[..., y - base : y - base + rows, x : x + columns] += part
+    yield finished(height)
+
+
 def slide(
     score: Callable[[Tensor], Tensor],
     pixel_values: Tensor,
@@ -35,17 +76,10 @@ def slide(
     through `score` window_batch_size at once.
     """
     batch, _, height, width = pixel_values.shape
-    rows, columns = min(window_size, height), min(window_size, width)
     scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
-    hits = torch.zeros(height, width, device=pixel_values.device)
-    corners = window_corners(height, width, window_size, window_stride)
-    for start in range(0, len(corners), window_batch_size):
-        chunk = corners[start : start + window_batch_size]
-        windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
-        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
-            scores[..., y : y + rows, x : x + columns] += part
-            hits[y : y + rows, x : x + columns] += 1
-    return scores.div_(hits)
+    for _ in slide_rows(score, pixel_values, scores, window_size, window_stride, window_batch_size):
+        pass
+    return scores
 
 
 def average_views(
@@ -119,8 +153,7 @@ class Segmenter:
         does; the scores are sums of probabilities already, so this only flattens their differences.
         Raises ValueError in training mode.
         """
-        if self.training:
-            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
+        self._check_mode()
         views = [views] if isinstance(views, Tensor) else views
         size = views[0].shape[-2:] if size is None else size
         score = self.window_scorer()
@@ -139,5 +172,22 @@ class Segmenter:
         softmax_views: bool = False,
     ) -> Tensor:
         """Class ids (B, h, w) int64; arguments as in `segment`."""
-        # On CPUs argmax over the classes would take four times as long.
-        return self.segment(views, size, flip, softmax_views).max(1).indices
+        self._check_mode()
+        views = [views] if isinstance(views, Tensor) else views
+        view = views[0]
+        plain = len(views) == 1 and not flip and not softmax_views and size in (None, tuple(view.shape[-2:]))
+        # On CPUs argmax over the classes would take four times as long as max.
+        if not (plain and self.exceeds_window(view)):
+            return self.segment(views, size, flip, softmax_views).max(1).indices
+        # The scores of all classes are the largest tensor of all, so only the rows that are not finished are kept.
+        config, (batch, _, height, width) = self.config, view.shape
+        scores = torch.zeros(batch, config.num_labels, min(config.window_size, height), width, device=view.device)
+        finished = slide_rows(
+            self.window_scorer(), view, scores, config.window_size, config.window_stride,
+            self.window_batch_size(view.device),
+        )  # fmt: skip
+        return torch.cat([rows.max(1).indices for rows in finished], 1)
+
+    def _check_mode(self) -> None:
+        if self.training:
+            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")

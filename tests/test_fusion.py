@@ -4,18 +4,25 @@ import copy
 
 import pytest
 import torch
-from conftest import micro_model
+from conftest import micro_config, micro_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSemanticSegmentation
 
+from tqdm_seg import pixel_decoder_tqdm, windows_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.layers_tqdm import FeedForward, kept
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.pixel_decoder_tqdm import sample_by_bags, sample_by_grid, sine_positions
+from tqdm_seg.pixel_decoder_tqdm import (
+    sample_by_bags,
+    sample_by_grid,
+    sine_positions,
+    softmax_over_few,
+    with_borders,
+)
 from tqdm_seg.publish_tqdm import save_model_folder
-from tqdm_seg.windows_tqdm import window_corners
+from tqdm_seg.windows_tqdm import Segmenter, window_corners
 
 
 @pytest.fixture
@@ -34,7 +41,7 @@ def settled(model, images) -> TqdmForSemanticSegmentation:
 def test_fused_scores_are_the_same(settled, images):
     before = settled.score(images)
     settled.fuse_for_inference()
-    assert sum(isinstance(part, PatchExpansion) for part in settled.modules()) == 3
+    assert sum(isinstance(part, PatchExpansion) for part in settled.modules()) == 2
     torch.testing.assert_close(settled.score(images), before, rtol=0, atol=1e-5)
     # Raw predictions of every layer come from the same folded parts.
     raw = settled(images, all_layers=True)
@@ -159,6 +166,11 @@ def test_the_last_layer_alone_is_the_last_of_all(model, images):
     torch.testing.assert_close(last.mask_logits[:, 0], every.mask_logits[:, -1], rtol=0, atol=1e-5)
 
 
+def bag_samples(values, offsets, weights, sizes, start=0):
+    """`sample_by_bags` with the arguments of `sample_by_grid`."""
+    return sample_by_bags(with_borders(values, sizes), offsets, weights, sizes, start)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_bags_are_grid_samples(batch):
     torch.manual_seed(0)
@@ -169,7 +181,7 @@ def test_bags_are_grid_samples(batch):
     offsets = torch.randn(batch, length, heads, 3, points, 2) * torch.tensor([0.3, 1, 5, 100])[:, None]
     weights = torch.rand(batch, length, heads, 3, points)
     found = []
-    for sample in (sample_by_grid, sample_by_bags):
+    for sample in (sample_by_grid, bag_samples):
         inputs = [x.clone().requires_grad_() for x in (values, offsets, weights)]
         output = sample(*inputs, sizes)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
@@ -177,9 +189,12 @@ def test_bags_are_grid_samples(batch):
     for by_grid, by_bags in zip(*found, strict=True):
         assert by_grid.abs().max() > 0.1
         torch.testing.assert_close(by_bags, by_grid, rtol=1e-5, atol=1e-4)
+    for sample in (sample_by_grid, bag_samples):  # some of the cells alone
+        part = sample(values, offsets[:, 5:40], weights[:, 5:40], sizes, 5)
+        torch.testing.assert_close(part, found[0][0][:, 5:40], rtol=1e-5, atol=1e-4)
     on_cells = offsets.round()  # where a sample has no gradient, but a value
     expected = sample_by_grid(values, on_cells, weights, sizes)
-    torch.testing.assert_close(sample_by_bags(values, on_cells, weights, sizes), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(bag_samples(values, on_cells, weights, sizes), expected, rtol=1e-5, atol=1e-4)
 
 
 def test_bags_pass_on_what_is_not_finite_and_read_nothing_else():
@@ -187,7 +202,7 @@ def test_bags_pass_on_what_is_not_finite_and_read_nothing_else():
     values, weights = torch.randn(1, 29, 1, 4), torch.rand(1, 29, 1, 3, 2)
     offsets = torch.zeros(1, 29, 1, 3, 2, 2)
     offsets[0, 0], offsets[0, 1], offsets[0, 2] = torch.nan, torch.inf, -torch.inf
-    output = sample_by_bags(values, offsets, weights, sizes)[0]
+    output = bag_samples(values, offsets, weights, sizes)[0]
     assert output[0].isnan().all() and not output[3:].isnan().any()
 
 
@@ -223,6 +238,62 @@ def test_labels_are_the_argmax_of_the_scores(model, images):
     labels = model.segment_labels(large, (50, 40), flip=True)
     assert labels.shape == (2, 50, 40) and labels.dtype == torch.int64
     assert torch.equal(labels, model.segment(large, (50, 40), flip=True).argmax(1))
+
+
+class PixelSegmenter(Segmenter):
+    """Scores are the pixels themselves, bent by what else is in the window."""
+
+    def __init__(self, window_batch_size: int):
+        self.config = micro_config(window_batch_size=window_batch_size)
+
+    def window_scorer(self):
+        return lambda windows: windows + windows.std((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize("window_batch_size", [1, 4, 100])
+def test_labels_need_only_the_rows_that_are_not_finished(monkeypatch, window_batch_size):
+    segmenter = PixelSegmenter(window_batch_size)
+    window, stride = segmenter.config.window_size, segmenter.config.window_stride
+    heights = []
+    slide_rows = windows_tqdm.slide_rows
+
+    def watched(score, pixel_values, scores, *settings):
+        heights.append(scores.shape[-2])
+        return slide_rows(score, pixel_values, scores, *settings)
+
+    monkeypatch.setattr(windows_tqdm, "slide_rows", watched)
+    for height in (window // 2, window, window + 1, window + stride, 3 * window + 5):
+        images = torch.randn(2, 3, height, window + 7)
+        labels = segmenter.segment_labels(images)
+        assert torch.equal(labels, segmenter.segment(images).argmax(1)) and len(labels.unique()) == 3
+        assert heights[-2:] == [min(height, window), height]
+
+
+def test_gradients_pass_through_windows(model):
+    images = torch.randn(1, 3, model.config.window_size * 2, model.config.window_size, requires_grad=True)
+    model(images).logits.sum().backward()
+    assert images.grad.abs().amin((0, 1)).max() > 0 and images.grad[..., -1, :].any() and images.grad[..., 0, :].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_once", [7, 80])
+def test_pixels_may_go_through_a_layer_in_pieces(model, images, monkeypatch, at_once):
+    monkeypatch.setattr(pixel_decoder_tqdm, "PIXELS_AT_ONCE", 10**6)
+    whole = model.score(images)
+    calls = []
+    model.model.pixel_decoder.layers[0].ffn.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
+    monkeypatch.setattr(pixel_decoder_tqdm, "PIXELS_AT_ONCE", at_once)
+    torch.testing.assert_close(model.score(images), whole, rtol=0, atol=1e-5)
+    assert len(calls) > 1 and max(shape[1] for shape in calls) <= at_once
+
+
+def test_softmax_over_few_is_softmax():
+    scores = torch.randn(3, 5, 12) * torch.tensor([1, 30, 1000])[:, None, None]
+    expected = scores.softmax(-1)
+    assert torch.equal(softmax_over_few(scores), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(softmax_over_few(scores), expected, rtol=1e-5, atol=1e-7)
+        assert softmax_over_few(scores.bfloat16()).dtype == torch.float32
 
 
 def test_windows_at_once_follow_the_device_unless_said():
