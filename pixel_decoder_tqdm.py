@@ -84,18 +84,21 @@ def sample_by_grid(
 def bag_layout(sizes: tuple[tuple[int, int], ...], heads: int, points: int, device: torch.device) -> tuple[Tensor, ...]:
     """How the cells of all levels lie one after the other, each level with a border of zeros.
 
-    Returns origins (N, levels, 2), the centre of every cell in cells of each bordered level; the last place (levels, 2)
-    on each, over which all is zero; cells per row (levels, 1); and where (heads, 4, levels points) the four neighbours
-    of a point on its level's first cell lie, counted in cells times heads.
+    Returns origins (N, 1, levels points 2), the centre x, y of every cell in cells of each bordered level; the last
+    place (levels points 2) on each, over which all is zero; cells per row (levels points); and where (heads, 4, levels
+    points) the four neighbours of a point on its level's first cell lie, counted in cells times heads. All is repeated
+    for every point: short dimensions of size one are slow.
     """
     extent = torch.tensor([(w, h) for h, w in sizes], device=device)  # (levels, 2)
-    origins = cell_centres(sizes, device)[:, None] * extent + 0.5
+    origins = cell_centres(sizes, device)[:, None] * extent + 0.5  # (N, levels, 2)
     row = extent[:, :1] + 2  # (levels, 1)
     cells = (extent + 2).prod(-1)  # (levels)
     starts = (cells.cumsum(0) - cells)[:, None]  # (levels, 1)
     neighbours = torch.cat((starts, starts + 1, starts + row, starts + row + 1), 1)  # (levels, 4)
-    rows = neighbours.T.repeat_interleave(points, 1) * heads + torch.arange(heads, device=device)[:, None, None]
-    return origins, (extent + 1).float(), row.float(), rows.int()
+    rows = neighbours.T * heads + torch.arange(heads, device=device)[:, None, None]  # (heads, 4, levels)
+    origins = origins.repeat_interleave(points, 1).flatten(1)[:, None]
+    last = (extent + 1).float().repeat_interleave(points, 0).flatten()
+    return origins, last, row.float().repeat_interleave(points), rows.int().repeat_interleave(points, 2)
 
 
 def with_borders(values: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
@@ -118,15 +121,14 @@ def sample_by_bags(
     """
     batch, length, heads, _, points, _ = offsets.shape
     origins, last, row, rows = bag_layout(sizes, heads, points, table.device)
-    origins = origins[start : start + length, None, :, None]  # (Q, 1, levels, 1, 2)
-    places = (offsets + origins).clamp_(min=torch.zeros_like(last)[:, None], max=last[:, None])
+    places = (offsets.flatten(3) + origins[start : start + length]).clamp_(torch.zeros_like(last), last)
     corners = places.floor()
-    x, y = (places - corners).flatten(3, 4).unbind(-1)  # (B, Q, heads, levels points)
-    first = torch.addcmul(corners[..., 0], corners[..., 1], row).int()  # in cells of a level
+    x, y = (places - corners).unflatten(3, (-1, 2)).unbind(-1)  # (B, Q, heads, levels points)
+    first = torch.addcmul(corners[..., 0::2], corners[..., 1::2], row).int()  # in cells of a level
     h, w = sizes[-1]
-    first = first.clamp_(0, (h + 2) * (w + 2) - 1).flatten(3)  # what is not finite has to stay inside of the table
+    first = first.clamp_(0, (h + 2) * (w + 2) - 1)  # what is not finite has to stay inside of the table
     images = torch.arange(batch, device=table.device).int() * (table.shape[1] * heads)
-    index = (first * heads)[:, :, :, None] + (rows + images.view(-1, 1, 1, 1, 1))  # (B, Q, heads, 4, levels points)
+    index = first.mul_(heads)[:, :, :, None] + (rows + images.view(-1, 1, 1, 1, 1))  # (B, Q, heads, 4, levels points)
     weights = weights.flatten(3)  # (B, Q, heads, levels points)
     lower = y * weights
     upper = weights - lower
