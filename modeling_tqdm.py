@@ -309,8 +309,9 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         """Folds layers that follow one another into one, in place: a tenth fewer products, the same predictions.
 
         The feature pyramid's transposed convolutions with BatchNorm and the pixel decoder's first convolutions; the
-        pixel decoder's last convolution with the mask head; the factors of the activations with their layers. Scores
-        stay within rounding (1e-4). Such a model cannot be trained or saved: do that before, and fuse what was loaded.
+        pixel decoder's last convolution with the mask head, and its attention to the texts with their projections; the
+        factors of the activations with their layers. Scores stay within rounding (1e-4). Such a model cannot be trained
+        or saved: do that before, and fuse what was loaded.
         Raises ValueError in training mode.
         """
         if self.training:
@@ -327,6 +328,8 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         pixels.output.to(memory_format=torch.channels_last)  # as the maps lie after PatchExpansion
         head.mask_head[-1] = head_with_pixels(head.mask_head[-1], pixels.mask_features)
         pixels.mask_features = nn.Identity()
+        for layer in pixels.layers:
+            layer.fold_texts = True
         for module in self.modules():
             if isinstance(module, FeedForward):
                 fold_activation(module)

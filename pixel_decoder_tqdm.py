@@ -13,7 +13,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmConfig
-from .layers_tqdm import FeedForward, TqdmAttention, kept, resized
+from .layers_tqdm import FeedForward, TqdmAttention, kept, resized, softmax_over_few
 
 NUM_LEVELS = 3
 # Pixels that go through a layer at once when a CPU predicts. In float32 what a few of them need fits the caches; in the
@@ -47,14 +47,6 @@ def cell_centres(sizes: tuple[tuple[int, int], ...], device: torch.device) -> Te
         x = (torch.arange(w, device=device).float() + 0.5) / w
         centres.append(torch.stack((x.expand(h, w), y[:, None].expand(h, w)), -1).flatten(0, 1))
     return torch.cat(centres)
-
-
-def softmax_over_few(scores: Tensor) -> Tensor:
-    """Softmax over a short last dimension, in float32; on CPUs torch's own takes five times as long for a dozen."""
-    if scores.device.type != "cpu" or torch.is_grad_enabled():
-        return scores.softmax(-1, dtype=torch.float32)
-    shares = scores.float().sub(scores.amax(-1, keepdim=True)).exp_()
-    return shares.div_(shares.sum(-1, keepdim=True))
 
 
 def sample_by_grid(
@@ -107,7 +99,7 @@ def with_borders(values: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         F.pad(value.unflatten(1, size), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)  # (B, (h + 2) (w + 2), heads, c)
         for value, size in zip(values.split([h * w for h, w in sizes], 1), sizes, strict=True)
     ]
-    room = values.new_zeros(len(values), sizes[-1][1] + 3, *values.shape[2:])  # for neighbours below the last border
+    room = values.new_zeros(values.shape[0], sizes[-1][1] + 3, *values.shape[2:])  # for neighbours below the last border
     return torch.cat([*levels, room], 1)
 
 
@@ -196,6 +188,7 @@ class PixelDecoderLayer(GradientCheckpointingLayer):
         self.deformable = DeformableAttention(width, config.pixel_decoder_heads, config.pixel_decoder_points)
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.text_attention = None
+        self.fold_texts = False  # see `TqdmAttention.looking_at`
         if config.text_to_pixel_attention:
             self.text_attention = TqdmAttention(config, width, config.pixel_decoder_heads)
             self.norm2 = nn.LayerNorm(width, eps=eps)
@@ -212,22 +205,23 @@ class PixelDecoderLayer(GradientCheckpointingLayer):
     ) -> Tensor:
         """pixels (B, N, C), positions (1, N, C), text_keys and text (B, K, C) -> pixels (B, N, C)."""
         values = self.deformable.readable(pixels, sizes)
-        # All that follows is one pixel's own affair.
-        step = self.pixels_at_once(pixels)
-        pieces = []
-        for start in range(0, pixels.shape[1], step):
-            piece, place = pixels[:, start : start + step], positions[:, start : start + step]  # (B, Q, C), (1, Q, C)
-            piece = self.norm1(piece + self.deformable(piece + place, values, sizes, start))
-            if self.text_attention is not None:
-                piece = self.norm2(piece + self.text_attention(piece + place, text_keys, text))
-            pieces.append(self.norm3(piece + self.ffn(piece)))
-        return torch.cat(pieces, 1) if len(pieces) > 1 else pieces[0]
+        look = None
+        if self.text_attention is not None:
+            fold = self.fold_texts and self.text_attention.num_heads * text.shape[1] < text.shape[2]
+            look = self.text_attention.looking_at(text_keys, text, fold)
 
-    def pixels_at_once(self, pixels: Tensor) -> int:
-        """How many of the pixels (B, N, C) go through the layer together: all, but for predictions on a CPU."""
+        def settle(piece: Tensor, place: Tensor, start: int = 0) -> Tensor:
+            """From here on every pixel is on its own: some of them (B, Q, C) and their positions -> (B, Q, C)."""
+            piece = self.norm1(piece + self.deformable(piece + place, values, sizes, start))
+            if look is not None:
+                piece = self.norm2(piece + look(piece + place))
+            return self.norm3(piece + self.ffn(piece))
+
         if self.training or pixels.device.type != "cpu" or torch.compiler.is_compiling():
-            return pixels.shape[1]
-        return PIXELS_AT_ONCE if pixels.dtype == torch.float32 else SHORT_PIXELS_AT_ONCE
+            return settle(pixels, positions)
+        step = PIXELS_AT_ONCE if pixels.dtype == torch.float32 else SHORT_PIXELS_AT_ONCE
+        pieces = zip(pixels.split(step, 1), positions.split(step, 1), strict=True)
+        return torch.cat([settle(piece, place, step * i) for i, (piece, place) in enumerate(pieces)], 1)
 
 
 class ConvGroupNorm(nn.Sequential):

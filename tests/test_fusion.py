@@ -12,13 +12,12 @@ from tqdm_seg import pixel_decoder_tqdm, windows_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.layers_tqdm import FeedForward, kept
+from tqdm_seg.layers_tqdm import FeedForward, kept, softmax_over_few
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.pixel_decoder_tqdm import (
     sample_by_bags,
     sample_by_grid,
     sine_positions,
-    softmax_over_few,
     with_borders,
 )
 from tqdm_seg.publish_tqdm import save_model_folder
@@ -285,6 +284,20 @@ def test_pixels_may_go_through_a_layer_in_pieces(model, images, monkeypatch, at_
     monkeypatch.setattr(pixel_decoder_tqdm, "PIXELS_AT_ONCE", at_once)
     torch.testing.assert_close(model.score(images), whole, rtol=0, atol=1e-5)
     assert len(calls) > 1 and max(shape[1] for shape in calls) <= at_once
+
+
+@torch.no_grad()
+def test_attention_folded_with_its_keys_is_attention(model):
+    torch.manual_seed(0)
+    attention = model.model.pixel_decoder.layers[0].text_attention
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # biases too
+    queries, keys, values = torch.randn(2, 9, 32), torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    expected = attention(queries, keys, values)
+    assert expected.std() > 0.1
+    for fold in (False, True):
+        found = attention.looking_at(keys, values, fold)(queries)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_softmax_over_few_is_softmax():
