@@ -99,7 +99,9 @@ def with_borders(values: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         F.pad(value.unflatten(1, size), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)  # (B, (h + 2) (w + 2), heads, c)
         for value, size in zip(values.split([h * w for h, w in sizes], 1), sizes, strict=True)
     ]
-    room = values.new_zeros(values.shape[0], sizes[-1][1] + 3, *values.shape[2:])  # for neighbours below the last border
+    room = values.new_zeros(
+        values.shape[0], sizes[-1][1] + 3, *values.shape[2:]
+    )  # for neighbours below the last border
     return torch.cat([*levels, room], 1)
 
 
@@ -268,7 +270,12 @@ class PixelDecoder(nn.Module):
     def forward(self, features: list[Tensor], text: Tensor) -> tuple[Tensor, list[Tensor]]:
         """features 4 x (B, D, h, w), fine to coarse; text (B, K, E) -> (B, C, 4h, 4w), 3 maps coarse to fine."""
         finest, *coarser = features
-        maps = [project(x) for project, x in zip(self.inputs, reversed(coarser), strict=True)]  # coarse to fine
+        pyramid = self.look_around(coarser, text)
+        return self.embed(finest, pyramid[-1]), pyramid
+
+    def look_around(self, features: list[Tensor], text: Tensor) -> list[Tensor]:
+        """features 3 x (B, D, h, w), fine to coarse; text (B, K, E) -> 3 x (B, C, h, w), coarse to fine."""
+        maps = [project(x) for project, x in zip(self.inputs, reversed(features), strict=True)]  # coarse to fine
         sizes = tuple(tuple(x.shape[-2:]) for x in maps)
         pixels = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)  # (B, N, C)
         positions = torch.cat(
@@ -286,10 +293,16 @@ class PixelDecoder(nn.Module):
             pixels = layer(pixels, positions, text_keys, text, sizes)
         # The published code normalises after every layer and uses only the last result.
         pixels = self.post_norm(pixels).transpose(1, 2)  # (B, C, N)
-        pyramid = [
-            x.unflatten(2, size) for x, size in zip(pixels.split([h * w for h, w in sizes], 2), sizes, strict=True)
-        ]
+        return [x.unflatten(2, size) for x, size in zip(pixels.split([h * w for h, w in sizes], 2), sizes, strict=True)]
+
+    def embed(self, finest: Tensor, fine: Tensor) -> Tensor:
+        """finest (B, D, 4h, 4w), fine (B, C, 2h, 2w) -> pixel embeddings (B, C, 4h, 4w).
+
+        These maps are the largest, so each is let go as soon as the next one is made.
+        """
+        pixels = self.lateral(finest)
         # As a copy of its own: a part of the tokens, though laid out the same, is resized ten times slower on CPUs.
-        fine = pyramid[-1].clone(memory_format=torch.channels_last)
-        lateral = self.lateral(finest).add_(resized(fine, finest.shape[-2:]))  # in place: these maps are the largest
-        return self.mask_features(self.output(lateral).relu_()), pyramid
+        pixels.add_(resized(fine.clone(memory_format=torch.channels_last), finest.shape[-2:]))
+        for layer in self.output:
+            pixels = layer(pixels)
+        return self.mask_features(pixels.relu_())

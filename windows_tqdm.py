@@ -21,7 +21,7 @@ def window_corners(height: int, width: int, size: int, stride: int) -> list[tupl
     return [(row, column) for row in rows for column in columns]
 
 
-def slide_rows(
+def slide_strips(
     score: Callable[[Tensor], Tensor],
     pixel_values: Tensor,
     scores: Tensor,
@@ -29,10 +29,10 @@ def slide_rows(
     window_stride: int,
     window_batch_size: int,
 ) -> Iterator[Tensor]:
-    """`slide`, some rows (B, K, r, W) at a time, from top to bottom of the image.
+    """`slide`, strip by strip along the longer side (dimension `longer_side`) of the image, from its beginning.
 
-    scores (B, K, H or h, W): zeros, to sum in; what is yielded are parts of it. If it is only as high as a window, what
-    was yielded is overwritten afterwards.
+    scores: zeros, to sum in, (B, K, H, W) or along the longer side only as long as a window; what is yielded are parts
+    of it, which in the second case are overwritten afterwards.
     """
     batch, _, height, width = pixel_values.shape
     rows, columns = min(window_size, height), min(window_size, width)
@@ -42,24 +42,36 @@ def slide_rows(
         row_hits[y : y + rows] += 1
     for x in {x for _, x in corners}:
         column_hits[x : x + columns] += 1
-    base = top = 0  # rows of the image: the first one in `scores`, and the first one that is not finished
+    hits = row_hits[:height, None] * column_hits[:width]  # (H, W)
+    along = longer_side(pixel_values)
+    corners.sort(key=lambda corner: corner[along])
+    base = begin = 0  # places on the longer side: where `scores` begins, and what is not finished
 
     def finished(end: int) -> Tensor:
-        return scores[..., top - base : end - base, :].div_(row_hits[top:end, None] * column_hits[:width])
+        strip = scores.narrow(along, begin - base, end - begin)
+        return strip.div_(hits.narrow(along, begin, end - begin))
 
     for start in range(0, len(corners), window_batch_size):
         chunk = corners[start : start + window_batch_size]
         windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
-        for (y, x), part in zip(chunk, score(windows).split(batch), strict=True):
-            if y > top:
-                yield finished(y)
-                if y + rows > base + scores.shape[-2]:  # no room: the finished rows go
-                    unfinished = scores[..., y - base :, :].clone()
-                    scores.zero_()[..., : unfinished.shape[-2], :] = unfinished
-                    base = y
-                top = y
-            scores[..., y - base : y - base + rows, x : x + columns] += part
-    yield finished(height)
+        for corner, part in zip(chunk, score(windows).split(batch), strict=True):
+            place, length = corner[along], part.shape[along]
+            if place > begin:
+                yield finished(place)
+                if place + length > base + scores.shape[along]:  # no room: what is finished goes
+                    rest = scores.narrow(along, place - base, base + scores.shape[along] - place).clone()
+                    scores.zero_().narrow(along, 0, rest.shape[along]).copy_(rest)
+                    base = place
+                begin = place
+            y, x = corner
+            y, x = (y - base, x) if along == -2 else (y, x - base)
+            scores[..., y : y + rows, x : x + columns] += part
+    yield finished(pixel_values.shape[along])
+
+
+def longer_side(pixel_values: Tensor) -> int:
+    """The dimension, -2 or -1, along which images (B, 3, H, W) are longer."""
+    return -2 if pixel_values.shape[-2] > pixel_values.shape[-1] else -1
 
 
 def slide(
@@ -77,7 +89,7 @@ def slide(
     """
     batch, _, height, width = pixel_values.shape
     scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
-    for _ in slide_rows(score, pixel_values, scores, window_size, window_stride, window_batch_size):
+    for _ in slide_strips(score, pixel_values, scores, window_size, window_stride, window_batch_size):
         pass
     return scores
 
@@ -179,14 +191,15 @@ class Segmenter:
         # On CPUs argmax over the classes would take four times as long as max.
         if not (plain and self.exceeds_window(view)):
             return self.segment(views, size, flip, softmax_views).max(1).indices
-        # The scores of all classes are the largest tensor of all, so only the rows that are not finished are kept.
-        config, (batch, _, height, width) = self.config, view.shape
-        scores = torch.zeros(batch, config.num_labels, min(config.window_size, height), width, device=view.device)
-        finished = slide_rows(
-            self.window_scorer(), view, scores, config.window_size, config.window_stride,
+        # The scores of all classes are the largest tensor of all: only what is not finished is kept.
+        config, along = self.config, longer_side(view)
+        size = [view.shape[0], config.num_labels, *view.shape[-2:]]
+        size[along] = min(config.window_size, size[along])
+        strips = slide_strips(
+            self.window_scorer(), view, torch.zeros(size, device=view.device), config.window_size, config.window_stride,
             self.window_batch_size(view.device),
         )  # fmt: skip
-        return torch.cat([rows.max(1).indices for rows in finished], 1)
+        return torch.cat([strip.max(1).indices for strip in strips], along)
 
     def _check_mode(self) -> None:
         if self.training:

@@ -250,22 +250,39 @@ class PixelSegmenter(Segmenter):
 
 
 @pytest.mark.parametrize("window_batch_size", [1, 4, 100])
-def test_labels_need_only_the_rows_that_are_not_finished(monkeypatch, window_batch_size):
+def test_labels_need_only_the_scores_that_are_not_finished(monkeypatch, window_batch_size):
     segmenter = PixelSegmenter(window_batch_size)
     window, stride = segmenter.config.window_size, segmenter.config.window_stride
-    heights = []
-    slide_rows = windows_tqdm.slide_rows
+    sizes = []
+    slide_strips = windows_tqdm.slide_strips
 
     def watched(score, pixel_values, scores, *settings):
-        heights.append(scores.shape[-2])
-        return slide_rows(score, pixel_values, scores, *settings)
+        sizes.append(tuple(scores.shape[-2:]))
+        return slide_strips(score, pixel_values, scores, *settings)
 
-    monkeypatch.setattr(windows_tqdm, "slide_rows", watched)
-    for height in (window // 2, window, window + 1, window + stride, 3 * window + 5):
-        images = torch.randn(2, 3, height, window + 7)
-        labels = segmenter.segment_labels(images)
-        assert torch.equal(labels, segmenter.segment(images).argmax(1)) and len(labels.unique()) == 3
-        assert heights[-2:] == [min(height, window), height]
+    monkeypatch.setattr(windows_tqdm, "slide_strips", watched)
+    for length in (window // 2, window, window + 1, window + stride, 3 * window + 5):
+        for turned in (False, True):
+            images = torch.randn(2, 3, window + 7, length)
+            images = images.mT.contiguous() if turned else images
+            labels = segmenter.segment_labels(images)
+            scores = segmenter.segment(images)
+            assert torch.equal(labels, scores.argmax(1)) and len(labels.unique()) == 3
+            torch.testing.assert_close(scores, plain_windows(segmenter, images), rtol=1e-6, atol=1e-6)
+            height, width = images.shape[-2:]
+            kept = (min(height, window), width) if height > width else (height, min(width, window))
+            assert sizes[-2:] == [kept, (height, width)]
+
+
+def plain_windows(segmenter: Segmenter, images: torch.Tensor) -> torch.Tensor:
+    """Scores averaged over windows, as plainly as it goes."""
+    config = segmenter.config
+    total, hits = torch.zeros_like(images), torch.zeros_like(images)
+    side = config.window_size
+    for y, x in window_corners(*images.shape[-2:], side, config.window_stride):
+        total[..., y : y + side, x : x + side] += segmenter.window_scorer()(images[..., y : y + side, x : x + side])
+        hits[..., y : y + side, x : x + side] += 1
+    return total / hits
 
 
 def test_gradients_pass_through_windows(model):
