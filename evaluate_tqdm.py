@@ -51,7 +51,7 @@ from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
 from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.model_folder_tqdm import identity, load_model, model_folder
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.modes_tqdm import prepare
+from tqdm_seg.modes_tqdm import prepare, use_huge_pages
 from tqdm_seg.predict import set_windows
 from tqdm_seg.prepare_tqdm import run
 from tqdm_seg.progress_tqdm import append_batch, new_part, read_scored
@@ -302,6 +302,7 @@ def write_set(job: Job, chosen: EvaluationSet, table: FrameTable, out: Path) -> 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Evaluates, prints and writes; returns what results.json holds, {} in other processes than the first."""
+    use_huge_pages()
     args = make_parser().parse_args(argv)
     logging.disable_progress_bar()  # of loaded files, which would tear the bar of the frames apart
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())

@@ -4,6 +4,7 @@ Without a price come `freeze_text()` and `fuse_for_inference()`, which `prepare`
 """
 
 import importlib.util
+import os
 
 import torch
 from torch import nn
@@ -11,6 +12,14 @@ from torch import nn
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+
+
+def use_huge_pages() -> None:
+    """Lets torch ask Linux for huge pages, for up to a tenth more speed on CPUs; to be called before the first tensor.
+
+    It is torch's own switch, an environment variable; one that is set already stays as it is.
+    """
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def prepare(

@@ -33,7 +33,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, B
 
 from tqdm_seg.export_tqdm import OnnxSegmenter
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.modes_tqdm import PRECISIONS, prepare
+from tqdm_seg.modes_tqdm import PRECISIONS, prepare, use_huge_pages
 from tqdm_seg.visualise_tqdm import legend, tinted
 
 if TYPE_CHECKING:
@@ -297,6 +297,7 @@ def open_export(args: argparse.Namespace) -> Predictor:
 
 def main(argv: list[str] | None = None) -> int:
     """Segments everything, writes areas.json last; returns the exit status."""
+    use_huge_pages()
     parser = make_parser()
     args = parser.parse_args(argv)
     try:

@@ -58,6 +58,8 @@ NOT_COUNTED = (
 )
 FLUSH_BYTES = 256 * 2**20  # several times any last-level cache
 RESULTS = Path(__file__).parent / "results"
+# Of every contender's process: huge pages, as predict.py and evaluate_tqdm.py have them.
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
 
 
 @dataclass
@@ -275,6 +277,7 @@ class Worker:
 
 def serve(pipe: Connection, contender: Contender, settings: Settings) -> None:
     """The process of a contender: does one request after the other, and answers (result, None) or (None, traceback)."""
+    os.environ.update(ENVIRONMENT)  # torch reads it at the first tensor
     worker = Worker(contender, settings)
     while (request := pipe.recv()) is not None:
         name, *arguments = request
@@ -439,6 +442,7 @@ def run_facts(settings: Settings) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "tf32": tf32_use(device),
+        "environment": ENVIRONMENT,
         "repeats": settings.repeats,
         "order": "in which the contenders took turns",
         "warm_ups": settings.warm_ups,
@@ -496,7 +500,7 @@ def results_markdown(title: str, results: list[Result], baselines: list[str], fa
         f"torch {facts['torch']}, transformers {facts['transformers']}. Medians of {facts['repeats']} rounds, "
         f"{facts['order']}, after {facts['warm_ups']} to warm up; ratios are medians over the rounds. "
         f"Operations do not include {facts['not_counted']}. Matrix products: {best_rates(results)}. "
-        f"TF32: {facts['tf32']}.",
+        f"TF32: {facts['tf32']}. For all: {' '.join(f'{k}={v}' for k, v in facts['environment'].items())}.",
         f"`{facts['command']}`",
         "\n".join(
             f"Exact to: largest difference from {result.name}'s numbers, which lie between {result.span[0]:.3g} and "

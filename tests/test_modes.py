@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from conftest import micro_model
 
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.modes_tqdm import prepare
+from tqdm_seg.modes_tqdm import prepare, use_huge_pages
 from tqdm_seg.publish_tqdm import save_model_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -80,3 +81,12 @@ def test_the_table_of_changes_tells_a_mode_from_none(tmp_path, monkeypatch):
     assert 0 < same["miou"] < 1
     lines = (tmp_path / "mode_changes.md").read_text().splitlines()
     assert lines[-1].startswith("| bfloat16 |") and lines[-1].count("|") == 6
+
+
+def test_huge_pages_are_asked_for_unless_refused(monkeypatch):
+    for given, expected in ((None, "1"), ("0", "0")):
+        monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", given or "")
+        if given is None:
+            monkeypatch.delenv("THP_MEM_ALLOC_ENABLE")
+        use_huge_pages()
+        assert os.environ["THP_MEM_ALLOC_ENABLE"] == expected
