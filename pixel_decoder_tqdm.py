@@ -99,9 +99,8 @@ def with_borders(values: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
         F.pad(value.unflatten(1, size), (0, 0, 0, 0, 1, 1, 1, 1)).flatten(1, 2)  # (B, (h + 2) (w + 2), heads, c)
         for value, size in zip(values.split([h * w for h, w in sizes], 1), sizes, strict=True)
     ]
-    room = values.new_zeros(
-        values.shape[0], sizes[-1][1] + 3, *values.shape[2:]
-    )  # for neighbours below the last border
+    # For the lower neighbours of the last border. Not len(values), which an exported graph would hold as a number.
+    room = values.new_zeros(values.shape[0], sizes[-1][1] + 3, *values.shape[2:])
     return torch.cat([*levels, room], 1)
 
 
