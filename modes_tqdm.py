@@ -15,7 +15,7 @@ PRECISIONS = ("float32", "bfloat16", "float16", "int8")
 
 
 def use_huge_pages() -> None:
-    """Lets torch ask Linux for huge pages, which made float32 2 to 9 % faster on a CPU; call it before the first tensor.
+    """Lets torch ask Linux for huge pages, which made float32 2 to 9 % faster on a CPU; before the first tensor.
 
     It is torch's own switch, an environment variable; one that is set already stays as it is.
     """
