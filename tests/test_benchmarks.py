@@ -159,6 +159,7 @@ def test_the_table_in_the_readme_is_the_results(tmp_path, capsys):
         "warm_ups": 1,
         "command": "python x",
         "tf32": "none",
+        "environment": {"PAGES": "1"},
         "not_counted": "nothing",
     }
     write_results(tmp_path / "results", "inference_x", "Inference", contenders, ["published-order"], facts)
