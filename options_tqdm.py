@@ -15,6 +15,7 @@ REFERENCE_DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 FREE_OPTIONS = (
     "out", "resume", "dry_run", "workers", "log_every", "save_every", "eval_every", "keep", "overlays", "tracker",
     "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
+    "channels_last",
 )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ def speed_options(group: argparse._ArgumentGroup) -> None:
         "of the embeddings' mean square (published: float32; default: %(default)s)",
     )
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
+    add("--channels-last", action="store_true", help="convolution weights with channels side by side, for bf16")
     add(
         "--compile",
         metavar="BACKEND",

@@ -396,6 +396,8 @@ def main(argv: list[str] | None = None) -> dict[str, object]:
     if args.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     net, reference = net.to(accelerator.device).train(), reference.to(accelerator.device).train()
+    if args.channels_last:
+        net = net.to(memory_format=torch.channels_last)
     groups = parameter_groups(net, args.lr, args.weight_decay, args.vision_lr_mult, not args.no_embedding_decay)
     optimizer = torch.optim.AdamW(groups, fused=True)  # one pass over all parameters
     average = copy.deepcopy(net) if args.ema else None

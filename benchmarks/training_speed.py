@@ -13,6 +13,7 @@ published-anomaly      the same under autograd's anomaly detection, which the pu
 ours-exact             `train.py`
 ours-bf16              `train.py --mixed-precision bf16`
 ours-bf16-reference    `train.py --mixed-precision bf16 --reference-dtype bf16`
+ours-channels-last     `train.py --channels-last --mixed-precision bf16`
 ours-checkpointing     `train.py --gradient-checkpointing`, in --precision
 ours-compiled          `train.py --compile BACKEND`, in --precision (with --compile)
 """
@@ -83,6 +84,7 @@ class Mode:
     dtype: torch.dtype = torch.float32
     reference_dtype: str = "float32"
     checkpointing: bool = False
+    channels_last: bool = False
     compiled: str | None = None
 
 
@@ -198,6 +200,8 @@ def build_ours(name: str, setting: Setting, mode: Mode, device: torch.device) ->
     """Our step in one of its modes."""
     model = random_model(setting.preset, device)
     reference = FrozenReference(model, dtype=REFERENCE_DTYPES[mode.reference_dtype])
+    if mode.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     if mode.checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 1e-4, 0.1), fused=True)
@@ -322,6 +326,7 @@ def all_contenders(setting: Setting, dtype: torch.dtype, backend: str | None, an
         "ours-exact": Mode(),
         "ours-bf16": Mode(torch.bfloat16),
         "ours-bf16-reference": Mode(torch.bfloat16, "bf16"),
+        "ours-channels-last": Mode(torch.bfloat16, channels_last=True),
         "ours-checkpointing": Mode(dtype, checkpointing=True),
     } | ({"ours-compiled": Mode(dtype, compiled=backend)} if backend else {})
     contenders = [Contender(BASELINE, partial(build_published, False, setting))]

@@ -333,7 +333,7 @@ def fresh_accelerator():
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("option", ["--gradient-checkpointing", "--compile aot_eager"])
+@pytest.mark.parametrize("option", ["--gradient-checkpointing", "--channels-last", "--compile aot_eager"])
 def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_losses, tmp_path, option):
     out = short(arguments, tmp_path / "run", *option.split())
     assert [line["loss"] for line in log_of(out)] == pytest.approx(plain_losses, rel=1e-5)
