@@ -181,7 +181,7 @@ def speed_options(group: argparse._ArgumentGroup) -> None:
         "of the embeddings' mean square (published: float32; default: %(default)s)",
     )
     add("--gradient-checkpointing", action="store_true", help="compute activations twice instead of keeping them")
-    add("--channels-last", action="store_true", help="convolution weights with channels side by side, for bf16")
+    add("--channels-last", action="store_true", help="convolutions with channels side by side; in bf16 0.9 of the time")
     add(
         "--compile",
         metavar="BACKEND",
