@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
+from .decoder_tqdm import MaskDecoder, PixelDecoder
 from .fusion_tqdm import PatchExpansion, expansion_of, fold_activation, head_with_pixels
 from .layers_tqdm import FeedForward, TqdmBaseModel, filled, resized
 from .loss_tqdm import (
@@ -41,8 +42,6 @@ from .loss_tqdm import (
     textual_loss,
     visual_loss,
 )
-from .mask_decoder_tqdm import MaskDecoder
-from .pixel_decoder_tqdm import PixelDecoder
 from .text_tqdm import TextualQueries
 from .windows_tqdm import Segmenter
 

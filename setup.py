@@ -1,30 +1,71 @@
-"""Packaging: the flat files of this repository become one importable package, `tqdm_seg`.
+"""Packaging: a checkout's root modules, metric and example frames go into the one package, `tqdm_seg`, of a wheel.
 
 The distribution is not called "tqdm": that name belongs to the progress bar.
 """
 
-from setuptools import setup
+import re
+import shutil
+from pathlib import Path
+
+from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "tqdm_seg" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
+REPOSITORY = "https://github.com/tqdm-segmentation/tqdm-segmentation"
+EXPORT = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
+INT8 = ["torchao>=0.14"]
+VIDEO = ["av>=15"]
 
-class BuildModules(build_py):
-    """Leaves this file, which lies among the modules, out of the package."""
+
+class BuildPackage(build_py):
+    """Adds what a checkout keeps beside the package: the modules that ship to the Hub, train.py, and data files."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """(package, module, file) of every module."""
-        return [found for found in super().find_package_modules(package, package_dir) if found[1] != "setup"]
+        found = super().find_package_modules(package, package_dir)
+        if package == "tqdm_seg":
+            found += [(package, path.stem, path.name) for path in [*ROOT.glob("*_tqdm.py"), ROOT / "train.py"]]
+        return found
+
+    def run(self) -> None:
+        """Copies modules, then the folders that users without a checkout need."""
+        super().run()
+        if not self.editable_mode:
+            for folder in ("metrics", "examples"):
+                target = Path(self.build_lib) / "tqdm_seg" / folder
+                shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            for stub in (Path(self.build_lib) / "tqdm_seg").glob("*.pyi"):  # they stand for files that now lie beside
+                stub.unlink()
 
 
 setup(
     name="tqdm-segmentation",
-    version="0.1.0",
+    version=VERSION,
     description="tqdm: textual queries segment scenes never seen in training (Hugging Face Transformers)",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1],  # without the Hub's header
+    long_description_content_type="text/markdown",
+    url=REPOSITORY,
+    project_urls={
+        "Paper": "https://arxiv.org/abs/2407.09033",
+        "Authors' code": "https://github.com/ByeongHyunPak/tqdm",
+    },
     license="Apache-2.0",
     license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: OS Independent",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
+    keywords=["semantic segmentation", "domain generalization", "CLIP", "transformers", "off-road"],
     python_requires=">=3.10",
-    package_dir={"tqdm_seg": "."},
-    packages=["tqdm_seg"],
-    cmdclass={"build_py": BuildModules},
+    packages=find_packages(include=["tqdm_seg", "tqdm_seg.*"]),
+    package_data={"tqdm_seg": ["py.typed", "*.pyi", "data/lists/**/*", "**/templates/*"]},
+    entry_points={"console_scripts": ["tqdm-seg = tqdm_seg.cli:main"]},
+    cmdclass={"build_py": BuildPackage},
     install_requires=[
         "torch>=2.10",
         "torchvision>=0.25",
@@ -34,6 +75,7 @@ setup(
         "open_clip_torch>=3.0",
         "datasets>=4.0",
         "evaluate>=0.4.6",
+        "jinja2>=3.1",
         "opencv-python-headless>=5.0",  # older ones round warps to 1/32 of a pixel
         "pillow>=11",
         "peft>=0.17",
@@ -42,19 +84,18 @@ setup(
     ],
     extras_require={
         "test": [
-            "av>=15",
+            *EXPORT,
+            *INT8,
+            *VIDEO,
             "cityscapesScripts>=2.2",
-            "onnx>=1.18",
-            "onnxruntime>=1.22",
-            "onnxscript>=0.5",
+            "pyright>=1.1.400",
             "pytest>=8",
             "ruff>=0.12",
-            "torchao>=0.14",
             "torchmetrics>=1.4",
         ],
-        "export": ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"],
-        "int8": ["torchao>=0.14"],
+        "export": EXPORT,
+        "int8": INT8,
+        "video": VIDEO,
         "xformers": ["xformers"],
-        "video": ["av>=15"],
     },
 )

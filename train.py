@@ -29,27 +29,31 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers.utils import logging
 
-from tqdm_seg.augment_tqdm import TrainTransform
-from tqdm_seg.checkpoint_tqdm import checkpoints, load_checkpoint, training_state, whole_weights, write_checkpoint
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.data_tqdm import (
-    FrameDataset,
-    PlainRows,
+from tqdm_seg.data.files import run as run_program
+from tqdm_seg.data.files import write_whole, written_whole
+from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
+from tqdm_seg.data.shards import refuse_mixed_labels
+from tqdm_seg.deploy.folder import push_folder, save_model_folder
+from tqdm_seg.evaluation.evaluate import evaluate
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.loss_tqdm import LossCounts, count_losses
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.training.augment import TrainTransform
+from tqdm_seg.training.batches import (
     PlainSamples,
     RareClassSampling,
     TrainPlan,
     TrainSamples,
-    frame_loader,
     model_inputs,
     plain_batches,
     planned_batches,
     train_loader,
 )
-from tqdm_seg.evaluate_tqdm import evaluate
-from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.loss_tqdm import LossCounts, count_losses
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.optimisation_tqdm import (
+from tqdm_seg.training.card import model_card
+from tqdm_seg.training.checkpoint import checkpoints, load_checkpoint, training_state, whole_weights, write_checkpoint
+from tqdm_seg.training.log import Log, RecentLosses, StopSignal
+from tqdm_seg.training.optimisation import (
     convert_batch_norm,
     gradient_norm,
     parameter_groups,
@@ -57,13 +61,10 @@ from tqdm_seg.optimisation_tqdm import (
     step_counts,
     update_average,
 )
-from tqdm_seg.options_tqdm import REFERENCE_DTYPES, parse_options
-from tqdm_seg.prepare_tqdm import run as run_program
-from tqdm_seg.publish_tqdm import push_folder, save_model_folder, written_whole
-from tqdm_seg.reference_tqdm import FrozenReference
-from tqdm_seg.report_tqdm import draw_frames, model_card
-from tqdm_seg.run_tqdm import Log, RecentLosses, StopSignal, check_resumable, images_per_step, memory_gb, print_plan
-from tqdm_seg.shards_tqdm import refuse_mixed_labels, write_whole
+from tqdm_seg.training.options import REFERENCE_DTYPES, parse_options
+from tqdm_seg.training.overlays import draw_frames
+from tqdm_seg.training.plan import check_resumable, images_per_step, memory_gb, print_plan
+from tqdm_seg.training.teacher import FrozenReference
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -146,7 +147,7 @@ def choose_trained(net: TqdmForSemanticSegmentation, vision: str, lora_rank: int
         return
     tower = net.model.vision_tower
     if vision == "lora":
-        from tqdm_seg.adapters_tqdm import add_adapters  # not above: peft takes seconds to import
+        from tqdm_seg.training.lora import add_adapters  # not above: peft takes seconds to import
 
         add_adapters(tower, lora_rank)
     else:
@@ -230,7 +231,7 @@ class Reporter:
         files = {"README.md": card, "results.json": json.dumps(results, indent=2) + "\n"}
         net = self.net
         if self.args.vision == "lora":
-            from tqdm_seg.adapters_tqdm import without_adapters
+            from tqdm_seg.training.lora import without_adapters
 
             net = without_adapters(net)
         save_model_folder(net, self.processor, folder, files)

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parents[1] / "dataset_scripts"))
-from audit_splits import HASH, Frame, FrameSet, hash_pictures, nearest_hashes  # noqa: E402
+from tqdm_seg.data.audit import HASH, Frame, FrameSet, hash_pictures, nearest_hashes  # noqa: E402
 
 HEIGHT, WIDTH = 720, 1280
 # Options of Pillow per kind of file.

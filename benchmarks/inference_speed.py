@@ -29,7 +29,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from measure_tqdm import (
+from measure import (
     RESULTS,
     Contender,
     Settings,
@@ -46,9 +46,9 @@ from rivals import RIVALS, build_rival
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.export_tqdm import OPSET, OnnxSegmenter, WindowModel, export_onnx, parse_size
+from tqdm_seg.deploy.export import OPSET, OnnxSegmenter, WindowModel, export_onnx, parse_size
+from tqdm_seg.deploy.speed import prepare
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.modes_tqdm import prepare
 
 BASELINES = ["published-order", "mask2former-swin-b"]
 

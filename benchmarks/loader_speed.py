@@ -26,23 +26,18 @@ import cv2
 import numpy as np
 import psutil
 import torch
-from measure_tqdm import RESULTS, Result, Settings, markdown_table, run_facts, speed_ratio
+from measure import RESULTS, Result, Settings, markdown_table, run_facts, speed_ratio
 from PIL import Image
-from prepare_folder import read_classes
 from torch.utils.data import DataLoader, Dataset
 
-from tqdm_seg.augment_tqdm import TrainTransform
-from tqdm_seg.data_tqdm import (
-    FrameDataset,
-    RareClassSampling,
-    TrainPlan,
-    TrainSamples,
-    decode,
-    planned_batches,
-    train_loader,
-)
-from tqdm_seg.prepare_tqdm import Pair, Source, prepare, prepare_parser
-from tqdm_seg.shards_tqdm import read_frame, write_whole
+from tqdm_seg.data.files import write_whole
+from tqdm_seg.data.frames import FrameDataset
+from tqdm_seg.data.images import decode
+from tqdm_seg.data.prepare import Pair, Source, prepare, prepare_parser
+from tqdm_seg.data.shards import read_frame
+from tqdm_seg.data.sources.folder import read_classes
+from tqdm_seg.training.augment import TrainTransform
+from tqdm_seg.training.batches import RareClassSampling, TrainPlan, TrainSamples, planned_batches, train_loader
 
 COMMA = Path(__file__).parents[1] / "examples" / "comma10k"
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from tqdm_seg.metrics_tqdm import confusion_matrix
+from tqdm_seg.evaluation.metrics import confusion_matrix
 
 
 def street_maps(height: int, width: int, num_classes: int) -> tuple[Tensor, Tensor]:

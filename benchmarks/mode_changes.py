@@ -19,19 +19,19 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 import torch
-from measure_tqdm import RESULTS, Settings, run_facts
+from measure import RESULTS, Settings, run_facts
 from parity import PACKS, Pack
 from PIL import Image
 
-from tqdm_seg.data_tqdm import FrameDataset
+from tqdm_seg.data.files import write_whole
+from tqdm_seg.data.frames import FrameDataset
+from tqdm_seg.data.label_maps import IGNORE_INDEX
+from tqdm_seg.deploy.folder import load_model
+from tqdm_seg.deploy.speed import prepare
+from tqdm_seg.evaluation.metrics import confusion_matrix, scores
+from tqdm_seg.evaluation.protocol import Inference, predict
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.inference_tqdm import Inference, predict
-from tqdm_seg.label_maps_tqdm import IGNORE_INDEX
-from tqdm_seg.metrics_tqdm import confusion_matrix, scores
-from tqdm_seg.model_folder_tqdm import load_model
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.modes_tqdm import prepare
-from tqdm_seg.shards_tqdm import write_whole
 
 ROOT = Path(__file__).parents[1]
 Change = Callable[[TqdmForSemanticSegmentation], object]

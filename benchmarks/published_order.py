@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from measure_tqdm import synchronise
+from measure import synchronise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tqdm_seg import pixel_decoder_tqdm
+from tqdm_seg import decoder_tqdm as pixel_decoder_tqdm
 from tqdm_seg.layers_tqdm import additive_mask
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import window_corners

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
-from measure_tqdm import Work
+from measure import Work
 from torch import Tensor
 from transformers import (
     EomtConfig,

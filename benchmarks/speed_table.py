@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from measure_tqdm import RESULTS, Result, markdown_table, shown, speed_ratio
+from measure import RESULTS, Result, markdown_table, shown, speed_ratio
 
-from tqdm_seg.shards_tqdm import write_whole
+from tqdm_seg.data.files import write_whole
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN = "<!-- speed tables: python benchmarks/speed_table.py -->"

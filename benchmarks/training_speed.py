@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure_tqdm import (
+from measure import (
     RESULTS,
     Contender,
     Result,
@@ -52,10 +52,10 @@ from tqdm_seg import modeling_tqdm
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.loss_tqdm import choose_points, supervised_masks
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.optimisation_tqdm import gradient_norm, parameter_groups, step_counts
-from tqdm_seg.options_tqdm import REFERENCE_DTYPES
-from tqdm_seg.reference_tqdm import FrozenReference
 from tqdm_seg.train import batch_counts
+from tqdm_seg.training.optimisation import gradient_norm, parameter_groups, step_counts
+from tqdm_seg.training.options import REFERENCE_DTYPES
+from tqdm_seg.training.teacher import FrozenReference
 
 CLASSES = 19
 ALONE = "one contender after the other"

@@ -3,7 +3,7 @@
 import sys
 
 import torch
-from measure_tqdm import Work
+from measure import Work
 from torch import Tensor, nn
 
 

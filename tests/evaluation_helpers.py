@@ -7,7 +7,7 @@ import torch
 from conftest import micro_model
 from shard_helpers import orfd, program, save
 
-from tqdm_seg.evaluate_tqdm import main
+from tqdm_seg.evaluation.evaluate import main
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 

@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.convert_checkpoint import convert_published
+from tqdm_seg.decoder_tqdm import cell_centres, sine_positions
+from tqdm_seg.deploy.convert import convert_published
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, semantic_scores
-from tqdm_seg.pixel_decoder_tqdm import cell_centres, sine_positions
-from tqdm_seg.reference_tqdm import FrozenReference
+from tqdm_seg.training.teacher import FrozenReference
 
 PACKS = Path(__file__).parent / "packs"
 FEATURE, LOGIT = 1e-4, 5e-4  # largest absolute difference

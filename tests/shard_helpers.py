@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tqdm_seg.label_maps_tqdm import decode_picture
+from tqdm_seg.data.images import decode_picture
 
 PROGRAMS = Path(__file__).parents[1] / "dataset_scripts"
 

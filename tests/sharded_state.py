@@ -9,7 +9,7 @@ from conftest import micro_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tqdm_seg.checkpoint_tqdm import load_checkpoint, training_state, whole_weights, write_checkpoint
+from tqdm_seg.training.checkpoint import load_checkpoint, training_state, whole_weights, write_checkpoint
 
 
 def sharded(steps: int) -> tuple[torch.nn.Module, torch.optim.Optimizer]:

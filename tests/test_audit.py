@@ -20,7 +20,7 @@ import pytest
 from PIL import ExifTags, Image, ImageEnhance
 from shard_helpers import PROGRAMS, orfd, png, program, save
 
-from tqdm_seg.scenes_tqdm import canonical_name, recording_time
+from tqdm_seg.data.scenes import canonical_name, recording_time
 
 audit_splits = program("audit_splits")
 LISTS = PROGRAMS / "scene_lists"

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqdm_seg.augment_tqdm import (
+from tqdm_seg.training.augment import (
     TrainTransform,
     bilinear_window,
     class_counts,
@@ -139,7 +139,7 @@ def test_a_crop_with_one_class_or_three_quarters_of_one_is_drawn_anew():
 
 def test_the_eleventh_crop_is_taken_as_it_is(monkeypatch):
     draws = []
-    monkeypatch.setattr("tqdm_seg.augment_tqdm.class_counts", lambda ids: draws.append(ids) or np.array([5.0]))
+    monkeypatch.setattr("tqdm_seg.training.augment.class_counts", lambda ids: draws.append(ids) or np.array([5.0]))
     TrainTransform(crop=8).draw_crop(np.ones((20, 30), np.uint8), np.random.default_rng(0))
     assert len(draws) == 11
 

@@ -13,7 +13,7 @@ import speed_table
 import torch
 from benchmark_contenders import build_failing, build_linear
 from conftest import micro_model
-from measure_tqdm import (
+from measure import (
     Contender,
     Result,
     Settings,

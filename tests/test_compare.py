@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tqdm_seg import comparison_report_tqdm, comparison_tqdm
-from tqdm_seg.compare_runs import main
-from tqdm_seg.comparison_report_tqdm import CHINESE
-from tqdm_seg.comparison_tqdm import bootstrap, compare
-from tqdm_seg.scenes_tqdm import canonical_name
-from tqdm_seg.tables_tqdm import FrameTable, read_table, write_table
+from tqdm_seg.data.scenes import canonical_name
+from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
+from tqdm_seg.reports import comparison as comparison_tqdm
+from tqdm_seg.reports import comparison_text as comparison_report_tqdm
+from tqdm_seg.reports.compare import main
+from tqdm_seg.reports.comparison import bootstrap, compare
+from tqdm_seg.reports.comparison_text import CHINESE
 
 ROOT = Path(__file__).parent.parent
 ROAD3D = ROOT / "tests" / "road3d"

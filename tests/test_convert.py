@@ -25,12 +25,9 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.convert_checkpoint import (
-    INITIAL_RULES,
-    PUBLISHED_RULES,
+from tqdm_seg.deploy.convert import (
     check_rotary,
     convert_published,
-    dropped_keys,
     fitting_preset,
     initial_weights,
     load_initial_weights,
@@ -39,6 +36,7 @@ from tqdm_seg.convert_checkpoint import (
     read_checkpoint,
     read_open_clip,
 )
+from tqdm_seg.deploy.key_rules import INITIAL_RULES, PUBLISHED_RULES, dropped_keys
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 VISION, TEXT = "model.vision_tower.", "model.text_queries.text_tower."

@@ -14,25 +14,22 @@ from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from shard_helpers import contents, orfd, photo, program, save
 
-from tqdm_seg.augment_tqdm import TrainTransform
-from tqdm_seg.data_tqdm import (
-    FrameDataset,
-    PlainRows,
+from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
+from tqdm_seg.data.images import decode, decode_carefully
+from tqdm_seg.data.shards import read_index
+from tqdm_seg.loss_tqdm import supervised_masks
+from tqdm_seg.training.augment import TrainTransform
+from tqdm_seg.training.batches import (
     PlainSamples,
     RareClassSampling,
     TrainPlan,
     TrainSamples,
     collate,
-    decode,
-    decode_carefully,
-    frame_loader,
     model_inputs,
     plain_batches,
     planned_batches,
     train_loader,
 )
-from tqdm_seg.loss_tqdm import supervised_masks
-from tqdm_seg.shards_tqdm import read_index
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orfd_mini"
 CLASSES = ("non-traversable", "traversable")
@@ -113,7 +110,7 @@ def test_what_opencv_does_not_read_is_left_to_pillow(folder, monkeypatch):
     def blind(content, flags):
         return original(content, flags) if flags == cv2.IMREAD_UNCHANGED else None
 
-    monkeypatch.setattr("tqdm_seg.data_tqdm.decode", blind)
+    monkeypatch.setattr("tqdm_seg.data.frames.decode", blind)
     assert np.array_equal(frames[0].image, expected.image)
 
 
@@ -197,7 +194,7 @@ def test_a_step_has_the_same_samples_however_it_is_divided():
 def test_blocks_of_the_plan_leave_no_seam(monkeypatch):
     plan = TrainPlan(np.full((9, 2), 9000), 0, RareClassSampling())
     whole = np.stack(list(planned_batches(plan, 0, 50, 4)))
-    monkeypatch.setattr("tqdm_seg.data_tqdm.PLAN_BLOCK", 10)
+    monkeypatch.setattr("tqdm_seg.data.frames.PLAN_BLOCK", 10)
     assert np.array_equal(np.stack(list(planned_batches(plan, 0, 50, 4))), whole)
 
 

@@ -21,18 +21,20 @@ from PIL import Image
 from shard_helpers import orfd, photo, save
 from shard_helpers import program as prepare
 
-from tqdm_seg import compare_runs, evaluate_tqdm, metrics_tqdm
-from tqdm_seg.data_tqdm import FrameDataset, frame_loader
-from tqdm_seg.evaluate_tqdm import evaluate, main, predict_frame
-from tqdm_seg.evaluation_sets_tqdm import default_split, parse_set
+from tqdm_seg.data.files import run as run_program
+from tqdm_seg.data.frames import FrameDataset, frame_loader
+from tqdm_seg.data.shards import read_manifest
+from tqdm_seg.evaluation import evaluate as evaluate_tqdm
+from tqdm_seg.evaluation import metrics as metrics_tqdm
+from tqdm_seg.evaluation.counts import read_table
+from tqdm_seg.evaluation.evaluate import evaluate, main, predict_frame
+from tqdm_seg.evaluation.metrics import confusion_matrix, scores
+from tqdm_seg.evaluation.partial_counts import append_batch, new_part, read_scored
+from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Inference, model_inference, predict
+from tqdm_seg.evaluation.sets import default_split, parse_set
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.inference_tqdm import PUBLISHED_BOXES, Inference, model_inference, predict
-from tqdm_seg.metrics_tqdm import confusion_matrix, scores
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.prepare_tqdm import run as run_program
-from tqdm_seg.progress_tqdm import append_batch, new_part, read_scored
-from tqdm_seg.shards_tqdm import read_manifest
-from tqdm_seg.tables_tqdm import read_table
+from tqdm_seg.reports import compare as compare_runs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, as torchrun has them, too

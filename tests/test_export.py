@@ -10,11 +10,12 @@ import torch
 from conftest import micro_config, micro_model
 from PIL import Image
 
-from tqdm_seg import export_tqdm, predict
-from tqdm_seg.export_tqdm import OnnxSegmenter
+from tqdm_seg.deploy import export as export_tqdm
+from tqdm_seg.deploy import predict
+from tqdm_seg.deploy.export import OnnxSegmenter
+from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.publish_tqdm import save_model_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PHOTO = sorted(Path(__file__).parents[1].glob("examples/frames/*/*/image_data/*.png"))[0]

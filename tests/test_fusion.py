@@ -8,19 +8,20 @@ from conftest import micro_config, micro_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSemanticSegmentation
 
-from tqdm_seg import pixel_decoder_tqdm, windows_tqdm
+from tqdm_seg import decoder_tqdm as pixel_decoder_tqdm
+from tqdm_seg import windows_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
-from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.layers_tqdm import FeedForward, kept, softmax_over_few
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.pixel_decoder_tqdm import (
+from tqdm_seg.decoder_tqdm import (
     sample_by_bags,
     sample_by_grid,
     sine_positions,
     with_borders,
 )
-from tqdm_seg.publish_tqdm import save_model_folder
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.layers_tqdm import FeedForward, kept, softmax_over_few
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter, window_corners
 
 

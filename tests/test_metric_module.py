@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tqdm_seg import metrics_tqdm
-from tqdm_seg.label_maps_tqdm import STREET_CLASSES
-from tqdm_seg.metrics_tqdm import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
+from tqdm_seg.data.label_maps import STREET_CLASSES
+from tqdm_seg.evaluation import metrics as metrics_tqdm
+from tqdm_seg.evaluation.metrics import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
 
 SCRIPT = Path(__file__).parent.parent / "metrics" / "mean_iou_tqdm"
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tqdm_seg.metrics_tqdm import (
+from tqdm_seg.evaluation.metrics import (
     class_iou,
     confusion_matrix,
     frequency_weighted_iou,

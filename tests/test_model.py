@@ -14,7 +14,7 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.layers_tqdm import FeedForward
 from tqdm_seg.loss_tqdm import supervised_masks
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.reference_tqdm import FrozenReference
+from tqdm_seg.training.teacher import FrozenReference
 from tqdm_seg.windows_tqdm import window_corners
 
 

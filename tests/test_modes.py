@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import micro_model
 
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.deploy.speed import prepare, use_huge_pages
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.modes_tqdm import prepare, use_huge_pages
-from tqdm_seg.publish_tqdm import save_model_folder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 

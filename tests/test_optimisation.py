@@ -10,10 +10,10 @@ from parity import PACKS, Pack
 from torch import nn
 
 from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.key_rules_tqdm import PUBLISHED_RULES
+from tqdm_seg.deploy.key_rules import PUBLISHED_RULES
 from tqdm_seg.loss_tqdm import LossCounts
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.optimisation_tqdm import (
+from tqdm_seg.training.optimisation import (
     ProcessBatchNorm,
     convert_batch_norm,
     gradient_norm,

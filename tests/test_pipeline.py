@@ -15,9 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from tqdm_seg.data.files import written_whole
+from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.publish_tqdm import save_model_folder, written_whole
 
 ROOT = Path(__file__).parents[1]
 PHOTOS = sorted(ROOT.glob("examples/frames/validation/*/image_data/*"))[:3]

@@ -11,11 +11,11 @@ import torch
 from conftest import micro_model
 from PIL import Image
 
+from tqdm_seg.data.palette import class_colours, legend, tinted
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.deploy.predict import main, written
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.predict import main, written
-from tqdm_seg.publish_tqdm import save_model_folder
-from tqdm_seg.visualise_tqdm import class_colours, legend, tinted
 
 CLASSES = {0: "road", 1: "traffic light", 2: "sky"}  # of the micro model
 PHOTO = sorted(Path(__file__).parents[1].glob("examples/frames/validation/*/image_data/*"))[0]

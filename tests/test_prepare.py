@@ -16,10 +16,10 @@ import pytest
 from PIL import ExifTags, Image
 from shard_helpers import PROGRAMS, contents, orfd, photo, png, program, save, stored
 
-from tqdm_seg import prepare_tqdm
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES
-from tqdm_seg.label_maps_tqdm import CITYSCAPES, GTA5, MAPILLARY, ORFD, STREET_CLASSES, SYNTHIA, TRAIN_IDS, LabelMap
-from tqdm_seg.shards_tqdm import read_manifest
+from tqdm_seg.data import prepare as prepare_tqdm
+from tqdm_seg.data.label_maps import CITYSCAPES, GTA5, MAPILLARY, ORFD, STREET_CLASSES, SYNTHIA, TRAIN_IDS, LabelMap
+from tqdm_seg.data.shards import read_manifest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # One colour for every index: whoever reads colours loses the ids.
@@ -496,7 +496,7 @@ def test_disk_full_keeps_finished_shards_and_leaves_no_half_one(tmp_path):
     # The system refuses files above the limit as it does on a full disk.
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60000, 60000))\n"
-        f"sys.path.append({str(PROGRAMS)!r}); import prepare_orfd, tqdm_seg.prepare_tqdm as p\n"
+        f"sys.path.append({str(PROGRAMS)!r}); import prepare_orfd, tqdm_seg.data.prepare as p\n"
         f"p.run(lambda: prepare_orfd.main({argv}))"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -532,7 +532,7 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path):
     root = orfd(tmp_path / "in", 6)
     argv = [str(root), str(tmp_path / "out"), "--rows-per-shard", "2", "--workers", "1"]
     code = (
-        f"import sys, time; sys.path.append({str(PROGRAMS)!r}); import prepare_orfd, tqdm_seg.prepare_tqdm as p\n"
+        f"import sys, time; sys.path.append({str(PROGRAMS)!r}); import prepare_orfd, tqdm_seg.data.prepare as p\n"
         "read = p.read_row\n"
         "p.read_row = lambda *a: (time.sleep(0.3), read(*a))[1]\n"
         f"prepare_orfd.main({argv})"

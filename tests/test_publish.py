@@ -23,12 +23,12 @@ from huggingface_hub import ModelCard
 from shard_helpers import contents, orfd
 from shard_helpers import program as prepare
 
-from tqdm_seg.data_tqdm import FrameDataset, PlainRows, frame_loader
-from tqdm_seg.evaluate_tqdm import evaluate
+from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.evaluation.evaluate import evaluate
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.publish_tqdm import save_model_folder
-from tqdm_seg.report_tqdm import changed_options, hub_name, model_card, overlap_text
 from tqdm_seg.train import parse_args
+from tqdm_seg.training.card import changed_options, hub_name, model_card, overlap_text
 
 CLASSES = {0: "non-traversable", 1: "traversable"}
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orfd_mini"
@@ -39,7 +39,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from huggingface_hub import constants
-from tqdm_seg.publish_tqdm import push_folder
+from tqdm_seg.deploy.publish import push_folder
 for address, repository in zip(sys.argv[2::2], sys.argv[3::2]):
     if address != "-":
         constants.ENDPOINT = address

@@ -10,9 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import micro_model
 
-from tqdm_seg import ablate, compare_runs, convert_checkpoint, evaluate_tqdm, export_tqdm, predict, report, train
+from tqdm_seg import ablate, train
+from tqdm_seg.deploy import convert as convert_checkpoint
+from tqdm_seg.deploy import export as export_tqdm
+from tqdm_seg.deploy import predict
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.evaluation import evaluate as evaluate_tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.publish_tqdm import save_model_folder
+from tqdm_seg.reports import compare as compare_runs
+from tqdm_seg.reports import report
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

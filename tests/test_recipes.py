@@ -15,11 +15,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from shard_helpers import orfd
 from shard_helpers import program as prepare
 
-from tqdm_seg.compare_runs import read_attributes
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.convert_checkpoint import parse_args as convert_args
-from tqdm_seg.evaluate_tqdm import make_parser as evaluate_parser
-from tqdm_seg.evaluation_sets_tqdm import parse_set
+from tqdm_seg.deploy.convert import parse_args as convert_args
+from tqdm_seg.evaluation.evaluate import make_parser as evaluate_parser
+from tqdm_seg.evaluation.groups import read_attributes
+from tqdm_seg.evaluation.sets import parse_set
 from tqdm_seg.layers_tqdm import TqdmBaseModel
 from tqdm_seg.train import parse_args
 

@@ -16,16 +16,17 @@ from conftest import micro_model
 from evaluation_helpers import CLASSES, SIZE, model_of, roads
 from PIL import Image
 
-from tqdm_seg import evaluate_tqdm, report
-from tqdm_seg.data_tqdm import Frame
-from tqdm_seg.html_tqdm import bar, number, sortable, word
+from tqdm_seg.data.frames import Frame
+from tqdm_seg.evaluation import evaluate as evaluate_tqdm
+from tqdm_seg.evaluation.counts import FrameTable, read_table
+from tqdm_seg.evaluation.figures import percent
+from tqdm_seg.evaluation.protocol import Inference
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.inference_tqdm import Inference
-from tqdm_seg.report import ranked_frames, worst_and_best
-from tqdm_seg.report_page_tqdm import histogram
-from tqdm_seg.report_pictures_tqdm import draw_score_maps, error_picture, text_scores
-from tqdm_seg.results_tqdm import percent
-from tqdm_seg.tables_tqdm import FrameTable, read_table
+from tqdm_seg.reports import report
+from tqdm_seg.reports.html import bar, number, sortable, word
+from tqdm_seg.reports.page import histogram
+from tqdm_seg.reports.pictures import draw_score_maps, error_picture, text_scores
+from tqdm_seg.reports.report import ranked_frames, worst_and_best
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.usefixtures("one_thread")  # several wait for each other on images this small

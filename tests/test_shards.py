@@ -16,7 +16,8 @@ from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 from shard_helpers import contents, orfd, photo, program, save
 
-from tqdm_seg.shards_tqdm import (
+from tqdm_seg.data.files import write_whole
+from tqdm_seg.data.shards import (
     FORMAT_VERSION,
     ROW_GROUP_ROWS,
     Row,
@@ -28,7 +29,6 @@ from tqdm_seg.shards_tqdm import (
     read_manifest,
     refuse_mixed_labels,
     write_shard,
-    write_whole,
 )
 
 

@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tqdm_seg import tables_tqdm
-from tqdm_seg.metrics_tqdm import confusion_matrix, group_sums, scores
-from tqdm_seg.tables_tqdm import FrameTable, read_table, write_table
+from tqdm_seg.evaluation import counts as tables_tqdm
+from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
+from tqdm_seg.evaluation.metrics import confusion_matrix, group_sums, scores
 
 ROAD3D = Path(__file__).parent / "road3d"
 FILE1_HEADER = ",0-0,0-1,1-0,1-1,weather,road,light,scene\n"

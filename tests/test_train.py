@@ -16,14 +16,15 @@ from shard_helpers import program as prepare
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
-from tqdm_seg import checkpoint_tqdm
-from tqdm_seg.data_tqdm import FrameDataset, TrainSamples, frame_loader
-from tqdm_seg.evaluate_tqdm import evaluate, predict_frame
+from tqdm_seg.data.frames import FrameDataset, frame_loader
+from tqdm_seg.evaluation.evaluate import evaluate, predict_frame
+from tqdm_seg.evaluation.metrics import confusion_matrix, mean_iou
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.metrics_tqdm import confusion_matrix, mean_iou
-from tqdm_seg.optimisation_tqdm import learning_rate
-from tqdm_seg.run_tqdm import RecentLosses
 from tqdm_seg.train import main, parse_args
+from tqdm_seg.training import checkpoint as checkpoint_tqdm
+from tqdm_seg.training.batches import TrainSamples
+from tqdm_seg.training.log import RecentLosses
+from tqdm_seg.training.optimisation import learning_rate
 
 CLASSES = ["non-traversable", "traversable"]
 

@@ -14,8 +14,8 @@ from conftest import micro_model
 from safetensors.torch import load_file
 from shard_helpers import orfd, program
 
+from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.publish_tqdm import save_model_folder
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

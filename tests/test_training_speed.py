@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from training_speed import BASELINE, PARTS, Mode, Setting, build_ours, build_published, points_of
 
-from tqdm_seg.data_tqdm import model_inputs
 from tqdm_seg.loss_tqdm import count_losses, supervised_masks
-from tqdm_seg.optimisation_tqdm import step_counts
-from tqdm_seg.reference_tqdm import FrozenReference
+from tqdm_seg.training.batches import model_inputs
+from tqdm_seg.training.optimisation import step_counts
+from tqdm_seg.training.teacher import FrozenReference
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")

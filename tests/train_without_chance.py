@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from tqdm_seg import checkpoint_tqdm, modeling_tqdm, train
+from tqdm_seg import modeling_tqdm, train
+from tqdm_seg.training import checkpoint as checkpoint_tqdm
 
 
 def grid(mask_logits: torch.Tensor, extent: torch.Tensor, num_points: int, *_: float) -> torch.Tensor:

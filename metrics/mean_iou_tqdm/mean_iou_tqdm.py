@@ -1,6 +1,6 @@
 """mIoU as an `evaluate` metric: `evaluate.load("metrics/mean_iou_tqdm", num_classes=19)`, offline.
 
-The scores are those of `tqdm_seg.metrics_tqdm`, which must be installed (`pip install -e .` in this repository).
+The scores are those of `tqdm_seg.evaluation.metrics`, which must be installed (`pip install -e .` in this repository).
 Between batches a confusion matrix is kept, not the pixels: sets of any size cost no more memory or disk than one image.
 
 Letters: H, W image, K classes.
@@ -12,7 +12,7 @@ import datasets
 import evaluate
 import torch
 
-from tqdm_seg.metrics_tqdm import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
+from tqdm_seg.evaluation.metrics import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
 
 DESCRIPTION = "Mean intersection over union of semantic segmentation, from one confusion matrix over all images."
 INPUTS = """

@@ -1,0 +1,176 @@
+"""Frames of prepared datasets for training and evaluation, and the plan that says which frame is trained on when.
+
+Sample n of a run (n = step * samples per step + row) is a pure function of (seed, n): its class, its frame and every
+draw of its augmentation. So any number of workers and processes makes the same global batches, and a run goes on from
+any step knowing nothing but its number. Data without an index is read in its own order by `PlainRows`.
+
+Letters: R frames, K classes, N samples, B batch, H, W image, h, w crop, M supervised masks.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cv2
+import datasets
+import numpy as np
+from datasets.distributed import split_dataset_by_node
+from torch.utils.data import DataLoader, Dataset
+
+from .images import decode, decode_carefully
+from .label_maps import IGNORE_INDEX, LabelMap
+from .shards import read_frame, read_index, refuse_missing_shards
+
+# A set smaller than this is kept decoded in memory, once per loader process.
+CACHE_BYTES = 256 * 2**20
+
+
+class Frame(NamedTuple):
+    """One decoded frame: image (H, W, 3) uint8 RGB, labels (H, W) uint8 class ids with 255 ignored."""
+
+    key: str
+    scene: str
+    image: np.ndarray
+    labels: np.ndarray
+
+
+class FrameDataset(Dataset):
+    """Decoded frames of one split of a prepared dataset, in the order of its index.
+
+    folder: what a program of dataset_scripts/ has made: a local folder or any URL that fsspec reads (hf://, s3://,
+    https://). Frames are read one by one by their byte ranges; a small set is then kept in memory.
+    Raises FileNotFoundError for an unfinished folder and missing shards, ValueError for a missing split.
+    """
+
+    def __init__(self, folder: str, split: str):
+        self.index = read_index(folder, split)
+        refuse_missing_shards(self.index, split)
+        self.folder, self.split = folder, split
+        self.classes: list[str] = self.index.manifest["classes"]
+        self.label_map: dict[str, str] = self.index.manifest["label_map"]
+        self.keys: list[str] = self.index.table["key"].to_pylist()
+        self.scenes: list[str] = self.index.table["scene"].to_pylist()
+        sides = (self.index.table[side].to_numpy().astype(np.int64) for side in ("height", "width"))
+        size = 4 * int(np.multiply(*sides).sum())  # three bytes of colour and one of label
+        self.cache: dict[int, Frame] | None = {} if size <= CACHE_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, row: int) -> Frame:
+        if self.cache is None:
+            return self._read(row)
+        if row not in self.cache:
+            self.cache[row] = self._read(row)
+        return self.cache[row]
+
+    def _read(self, row: int) -> Frame:
+        image, label = read_frame(self.index, row)
+        pixels, labels = decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
+        if pixels is None or pixels.shape[:2] != labels.shape:  # a kind of file that Pillow alone reads, or turns
+            pixels = decode_carefully(image)
+        return Frame(self.keys[row], self.scenes[row], pixels, labels)
+
+
+# -- what is trained on when ----------------------------------------------------------------------------
+
+
+# -- samples --------------------------------------------------------------------------------------------
+
+
+def frame_loader(
+    frames: "FrameDataset | PlainRows", workers: int, process: int = 0, processes: int = 1
+) -> Iterable[Frame]:
+    """The part of all frames that one process evaluates, in order and unchanged: each frame in one process, once."""
+    if isinstance(frames, PlainRows):
+        return frames.frames(process, processes)
+    return DataLoader(
+        frames, batch_size=None, sampler=range(process, len(frames), processes), num_workers=workers, collate_fn=_same
+    )
+
+
+def _same(frame: Frame) -> Frame:
+    return frame
+
+
+# -- data without an index ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainRows:
+    """Any dataset with a picture and a label column, in the order in which `datasets` streams it.
+
+    source: folder, Hub repository or URL for `load_dataset`. classes: their names in id order; labels hold these ids,
+    255 is ignored. Without an index there is no rare-class sampling, and going on from a step reads all rows before it.
+    """
+
+    source: str
+    split: str
+    classes: tuple[str, ...]
+    image: str = "image"
+    label: str = "label"
+
+    @property
+    def label_map(self) -> dict[str, str]:
+        """Name and policy, as the manifest of a prepared dataset has them."""
+        return {"name": self._ids.name, "policy": self._ids.policy}
+
+    @property
+    def _ids(self) -> LabelMap:
+        table = tuple((i, i) for i in (*range(len(self.classes)), IGNORE_INDEX))
+        return LabelMap("ids/as_they_are", self.classes, "values", table, "labels hold class ids; 255 is ignored")
+
+    def rows(self, process: int = 0, processes: int = 1, shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
+        """Rows of one epoch, or with a seed of endless ones in ever other order, of one of the processes; undecoded.
+
+        Rows are divided here, once. Raises ValueError for a missing column.
+        """
+        rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+        for column in (self.image, self.label):
+            if column not in rows.features:
+                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(rows.features)}")
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+        if shuffle_seed is None:
+            yield from split_dataset_by_node(rows, process, processes)
+            return
+        # By shards and within a buffer: the same every time, so skipping rows restores the state.
+        rows = split_dataset_by_node(rows.shuffle(shuffle_seed, buffer_size=256), process, processes)
+        epoch = 0
+        while True:
+            rows.set_epoch(epoch)
+            empty = True
+            for row in rows:
+                empty = False
+                yield row
+            if empty:
+                raise ValueError(f"{self.source}, split {self.split}, has no row for process {process} of {processes}")
+            epoch += 1
+
+    def frames(self, process: int = 0, processes: int = 1) -> Iterator[Frame]:
+        """Every frame of one process, in order and unchanged."""
+        for number, row in enumerate(self.rows(process, processes)):
+            yield self.frame(row, number)
+
+    def frame(self, row: dict[str, Any], number: int) -> Frame:
+        """The decoded frame; its key is the row's "key", else the file name, else its number."""
+        image, label = (_file_bytes(row[column]) for column in (self.image, self.label))
+        key = str(row.get("key") or row[self.image].get("path") or number)
+        what = "picture"
+        try:
+            pixels, what = decode_carefully(image), "label"
+            labels = self._ids.labels(label)
+        except ValueError as error:
+            raise ValueError(f"{what} of {key} in {self.source} {error}") from error
+        if pixels.shape[:2] != labels.shape:
+            raise ValueError(
+                f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its picture "
+                f"{pixels.shape[1]}x{pixels.shape[0]} (width x height); use the label that was drawn on this picture"
+            )
+        return Frame(key, str(row.get("scene") or ""), pixels, labels)
+
+
+def _file_bytes(value: dict[str, Any]) -> bytes:
+    if value["bytes"] is not None:
+        return value["bytes"]
+    with open(value["path"], "rb") as file:
+        return file.read()

@@ -1,0 +1,200 @@
+"""From the labels of public datasets to class ids: which values mean which class, and how to read them without loss.
+
+    labels = CITYSCAPES.labels(path.read_bytes())  # (H, W) uint8, 255 ignored
+
+Every value that may occur has its entry; any other value is an error, never silently a class or ignored.
+Facts: ids and colours from cityscapesScripts (MIT); GTA5, SYNTHIA, Mapillary and ORFD rules from the converters of
+tqdm, DAFormer, RobustNet, Rein and OFF-Net.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from .images import decode_picture
+
+IGNORE_INDEX = 255
+
+# The 19 classes in train-id order, with the colours of the Cityscapes palette.
+STREET_PALETTE = {
+    "road": (128, 64, 128), "sidewalk": (244, 35, 232), "building": (70, 70, 70), "wall": (102, 102, 156),
+    "fence": (190, 153, 153), "pole": (153, 153, 153), "traffic light": (250, 170, 30), "traffic sign": (220, 220, 0),
+    "vegetation": (107, 142, 35), "terrain": (152, 251, 152), "sky": (70, 130, 180), "person": (220, 20, 60),
+    "rider": (255, 0, 0), "car": (0, 0, 142), "truck": (0, 0, 70), "bus": (0, 60, 100), "train": (0, 80, 100),
+    "motorcycle": (0, 0, 230), "bicycle": (119, 11, 32),
+}  # fmt: skip
+STREET_CLASSES = tuple(STREET_PALETTE)
+OFFROAD_CLASSES = ("non-traversable", "traversable")
+
+# How a label file stores its values. A reader that does not fit loses them without an error: a palette PNG turned to
+# grey gives luminance, a 16-bit one read as 8-bit gives zeros.
+Reading = Literal["values", "red16", "blue", "colours"]
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """Which stored value means which class.
+
+    name: "<kind of label>/<variant>"; two variants of one kind must not be mixed in one training or comparison.
+    reading: "values": grey value or palette index; "red16": red channel of a 16-bit RGB PNG; "blue": third channel of
+        the picture as RGB, so that 1- and 3-channel files read alike; "colours": RGB as one number 0xRRGGBB.
+    table: (stored value, class id or 255) for every value that may occur.
+    policy: in words, what is ignored and what is merged.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    reading: Reading
+    table: tuple[tuple[int, int], ...]
+    policy: str
+
+    def __post_init__(self):
+        if not 1 <= len(self.classes) <= IGNORE_INDEX:
+            raise ValueError(f"{len(self.classes)} classes; an 8-bit label holds 1 to {IGNORE_INDEX}")
+
+    @property
+    def sha256(self) -> str:
+        """Hash of all that decides the result: class names in order, reading and table."""
+        return hashlib.sha256(json.dumps([self.classes, self.reading, sorted(self.table)]).encode()).hexdigest()
+
+    def labels(self, png: bytes) -> np.ndarray:
+        """(H, W) uint8 class ids, 255 ignored, of a label file's bytes.
+
+        Raises ValueError, to be read after the file's name, for a file that cannot be decoded, that stores its pixels
+        in a way the map does not read, or that holds values without an entry.
+        """
+        values = _read_values(png, self.reading)
+        labels = _lookup(self.table, 2**24 if self.reading == "colours" else 2**16)[values]  # -1: no entry
+        unknown = labels < 0
+        if unknown.any():
+            strange = np.unique(values[unknown]).tolist()
+            row, column = np.argwhere(unknown)[0].tolist()
+            shown = [f"({v >> 16}, {v >> 8 & 255}, {v & 255})" if self.reading == "colours" else v for v in strange[:8]]
+            more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
+            raise ValueError(
+                f"holds {'the colours' if self.reading == 'colours' else 'the ids'} "
+                f"{', '.join(map(str, shown))}{more}, which the label map {self.name} does not know, "
+                f"first at row {row}, column {column} ({unknown.sum()} of {unknown.size} pixels)"
+            )
+        return labels.astype(np.uint8)
+
+
+@lru_cache(maxsize=4)
+def _lookup(table: tuple[tuple[int, int], ...], size: int) -> np.ndarray:
+    lookup = np.full(size, -1, np.int16)
+    for value, label in table:
+        lookup[value] = label
+    return lookup
+
+
+def _read_values(png: bytes, reading: Reading) -> np.ndarray:
+    """(H, W) whole numbers as stored in the file."""
+    if png[:8] != b"\x89PNG\r\n\x1a\n":
+        raise ValueError("is no PNG; only PNG labels are read, because other formats may have changed the values")
+    image = decode_picture(png)
+    bits, channels = png[24], {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[png[25]]
+    if reading == "colours" or reading == "blue":
+        if bits == 16:
+            raise ValueError("is a 16-bit PNG; 8-bit colours or grey values were expected")
+        pixels = np.asarray(image.convert("RGB"))
+        if reading == "blue":
+            return pixels[..., 2]
+        return (pixels.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(-1, dtype=np.uint32)
+    if reading == "red16":
+        if bits != 16 or channels != 3:
+            raise ValueError(
+                f"is a {bits}-bit PNG of {channels} channels; a 16-bit RGB PNG was expected (R = class id)"
+            )
+        return _red_of_16_bits(png)
+    if channels > 2:
+        raise ValueError("holds colours, not ids; take the file with ids, or name the colour of every class")
+    if bits == 16 and channels == 2:
+        raise ValueError("is a 16-bit grey PNG with alpha; save it without alpha")
+    pixels = np.asarray(image)
+    pixels = pixels[..., 0] if pixels.ndim == 3 else pixels  # grey with alpha
+    if image.mode == "L" and bits < 8:
+        return pixels // (255 // (2**bits - 1))  # Pillow stretches 2- and 4-bit grey over 0 ... 255
+    return pixels.astype(np.uint16 if bits == 16 else np.uint8)  # 1-bit grey is read as bool
+
+
+def _red_of_16_bits(png: bytes) -> np.ndarray:
+    """(H, W) uint16 red channel. Pillow keeps the first byte of two, so the second is read as if the order were L."""
+    parts = []
+    for order in ("B", "L"):
+        with Image.open(BytesIO(png)) as file:
+            file.tile = [tile._replace(args=f"RGB;16{order}") for tile in file.tile]
+            parts.append(np.asarray(file)[..., 0].astype(np.uint16))
+    return parts[0] << 8 | parts[1]
+
+
+def _rest_ignored(classes: dict[int, int], known: range | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((value, classes.get(value, IGNORE_INDEX)) for value in known)
+
+
+_CITYSCAPES_IDS = {
+    7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15,
+    31: 16, 32: 17, 33: 18,
+}  # fmt: skip
+CITYSCAPES = LabelMap(
+    "cityscapes_ids/19", STREET_CLASSES, "values", _rest_ignored(_CITYSCAPES_IDS, (*range(34), IGNORE_INDEX)),
+    "the 19 evaluation classes; every other class is ignored, the licence plate (id -1, stored as 255) too",
+)  # fmt: skip
+# By index, not by colour: car and licence plate (34) share one.
+GTA5 = LabelMap(
+    "gta5_ids/19", STREET_CLASSES, "values", _rest_ignored(_CITYSCAPES_IDS, (*range(35), IGNORE_INDEX)),
+    "the 19 evaluation classes of Cityscapes; every other class is ignored, the licence plate too",
+)  # fmt: skip
+TRAIN_IDS = LabelMap(
+    "train_ids/19", STREET_CLASSES, "values", tuple((i, i) for i in (*range(19), IGNORE_INDEX)),
+    "labels hold train ids already; 255 is ignored",
+)  # fmt: skip
+SYNTHIA = LabelMap(
+    "synthia_ids/19", STREET_CLASSES, "red16",
+    _rest_ignored(
+        {3: 0, 4: 1, 2: 2, 21: 3, 5: 4, 7: 5, 15: 6, 9: 7, 6: 8, 16: 9, 1: 10, 10: 11, 17: 12, 8: 13, 18: 14, 19: 15,
+         20: 16, 12: 17, 11: 18}, range(23),
+    ),
+    "the 19 classes, of which terrain, truck and train never occur: score the other 16; the rest is ignored",
+)  # fmt: skip
+
+# Two maps from the 66 ids of Mapillary Vistas v1.2 are in use, and scores under one cannot be set beside the other's.
+_MAPILLARY_ROBUSTNET = {
+    13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11,
+    20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,
+}  # fmt: skip
+_MAPILLARY_OPENSEG = _MAPILLARY_ROBUSTNET | {
+    7: 0, 8: 0, 10: 0, 14: 0, 23: 0, 9: 1, 11: 1, 44: 5, 46: 7, 49: 7, 41: IGNORE_INDEX
+}  # fmt: skip
+MAPILLARY = {
+    "robustnet": LabelMap(
+        "mapillary_v1.2/robustnet", STREET_CLASSES, "values", _rest_ignored(_MAPILLARY_ROBUSTNET, range(66)),
+        "map of RobustNet, TLDR, tqdm, DAFormer and HRDA: manholes are road; bike and service lanes, parking, "
+        "crosswalks, curb cuts, pedestrian areas, street lights, backs and frames of signs are ignored",
+    ),
+    "openseg": LabelMap(
+        "mapillary_v1.2/openseg", STREET_CLASSES, "values", _rest_ignored(_MAPILLARY_OPENSEG, range(66)),
+        "name rule of openseg, used by Rein: bike lanes, crosswalks, parking and service lanes are road, curb cuts and "
+        "pedestrian areas sidewalk, street lights pole, backs and frames of signs traffic sign; manholes are ignored",
+    ),
+}  # fmt: skip
+
+# ORFD and ORAD-3D: 255 is traversable, black not, a grey in between (its value is not documented) unreachable, the sky.
+_ORFD_WHITE = {value: 1 for value in range(201, 256)}
+ORFD = {
+    "merged": LabelMap(
+        "orfd/merged", OFFROAD_CLASSES, "blue", tuple((value, _ORFD_WHITE.get(value, 0)) for value in range(256)),
+        "traversable where the third colour channel is above 200, as published; all else is non-traversable and "
+        "counts, the unreachable part (grey: sky) included",
+    ),
+    "ignored": LabelMap(
+        "orfd/ignored", OFFROAD_CLASSES, "blue", ((0, 0), *_rest_ignored(_ORFD_WHITE, range(1, 256))),
+        "traversable where the third colour channel is above 200, non-traversable where it is 0; the grey in between "
+        "(unreachable: sky) is ignored, unlike in published scores",
+    ),
+}  # fmt: skip

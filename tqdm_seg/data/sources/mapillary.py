@@ -1,0 +1,70 @@
+"""Mapillary Vistas (v1.2 labels) to shards: training and validation. The testing part has no labels.
+
+    python dataset_scripts/prepare_mapillary.py ROOT OUT --map robustnet
+
+    ROOT/training/images/<id>.jpg
+    ROOT/training/v1.2/labels/<id>.png   (newer package)   or   ROOT/training/labels/<id>.png   (v1.2 package)
+
+Two maps from its 66 ids to the 19 classes are in use, and results under one cannot be compared with the other's. The
+map is recorded in the manifest, and datasets prepared under different ones are refused together.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..files import run
+from ..label_maps import MAPILLARY
+from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+
+SOURCE = Source(
+    "Mapillary Vistas",
+    "Mapillary Vistas must not be passed on: keep this folder, and any repository made of it, private.",
+    published={"train": (18000,), "validation": (2000,)},
+)
+# v2.0 has 124 ids; read with the table for v1.2 most of them would be another class without an error.
+V1_2_IDS = 66
+
+
+def labels_folder(part: Path) -> Path:
+    """Folder of the v1.2 labels of training/ or validation/ in either package."""
+    if (part / "v2.0").is_dir() and not (part / "v1.2").is_dir():
+        raise FileNotFoundError(
+            f"{part} holds v2.0 labels only; unpack v1.2 as well, the maps to 19 classes are for it"
+        )
+    config = part.parent / "config.json"
+    if not (part / "v1.2").is_dir() and config.is_file():
+        ids = len(json.loads(config.read_text(encoding="utf-8"))["labels"])
+        if ids != V1_2_IDS:
+            raise ValueError(f"{config} names {ids} classes, v1.2 has {V1_2_IDS}; take the v1.2 labels")
+    return first_folder(part, "v1.2/labels", "labels")
+
+
+def scan(root: Path) -> Iterator[Pair]:
+    """All frames of either package."""
+    first_folder(root, "training", "validation")
+    for folder, split in {"training": "train", "validation": "validation"}.items():
+        images = list((root / folder / "images").glob("*.jpg"))
+        labels = labels_folder(root / folder) if images else root
+        for image in images:
+            yield Pair(split, "", image, labels / f"{image.stem}.png")
+    for image in (root / "testing" / "images").glob("*.jpg"):
+        yield Pair("test", "", image, None, "no labels are published for testing")
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Prepares the dataset; returns its manifest."""
+    parser = prepare_parser(__doc__)
+    parser.add_argument(
+        "--map",
+        choices=sorted(MAPILLARY),
+        default="robustnet",
+        help="robustnet: used by RobustNet, TLDR, tqdm, DAFormer, HRDA (default); openseg: used by Rein and followers",
+    )
+    args = parser.parse_args(argv)
+    return prepare(args, SOURCE, MAPILLARY[args.map], scan(args.root))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,424 @@
+"""Weights of other programs become ours: published tqdm checkpoints, and CLIP or EVA02-CLIP to start a training from.
+
+    python convert_checkpoint.py tqdm.pth OUT                             # published checkpoint -> model folder
+    python convert_checkpoint.py ViT-B-16.pt OUT --init clip_vit_b16      # pre-trained CLIP -> start of a training
+    python convert_checkpoint.py EVA02-L-14-336:merged2b_s6b_b61k OUT --init eva02_clip_l14 --from open_clip
+    python convert_checkpoint.py openai/clip-vit-base-patch16 OUT --init clip_vit_b16 --from transformers
+
+Every key of the input is accounted for: renamed, or dropped for a reason (`key_rules_tqdm.py`); else it is an error.
+"""
+
+import argparse
+import math
+import pickle
+import re
+import warnings
+import zipfile
+from collections import Counter
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPModel
+
+from tqdm_seg.backbone_tqdm import TqdmVisionModel, resize_positions
+from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, PRESETS, TqdmConfig
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+
+from .folder import save_model_folder
+from .key_rules import INITIAL_RULES, PUBLISHED_RULES, TEXT, VISION, apply_rules, dropped_keys
+
+
+def convert_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of a published tqdm checkpoint (original names) -> state dict of `TqdmForSemanticSegmentation`."""
+    return apply_rules(state, PUBLISHED_RULES)
+
+
+_PUBLISHED = "published tqdm checkpoint"
+# The first of these keys that a file has tells what it is, and the activation of its CLIP blocks where that is certain.
+_KINDS = (
+    ("decode_head.query_embed.weight", _PUBLISHED, None),
+    ("input_resolution", "OpenAI CLIP", "quick_gelu"),
+    ("visual.trunk.cls_token", "EVA02-CLIP of open_clip", "gelu"),
+    ("visual.cls_token", "EVA02-CLIP of BAAI", "gelu"),
+    ("visual.class_embedding", "CLIP in OpenAI's names", None),
+    ("vision_model.embeddings.class_embedding", "CLIPModel of transformers", None),
+)
+
+
+def recognise(state: dict[str, Tensor]) -> tuple[str, str | None]:
+    """The kind of file that has these keys, and the activation of its CLIP blocks, "quick_gelu" or "gelu", if known.
+
+    For EVA02-CLIP that is the text tower's. Raises ValueError for a file of no kind that is read here.
+    """
+    for key, kind, activation in _KINDS:
+        if key in state:
+            return kind, activation
+    raise ValueError(
+        f"keys like {list(state)[:4]} are not known here; what is read, with vision transformers only: "
+        f"{', '.join(kind for _, kind, _ in _KINDS)}"
+    )
+
+
+@dataclass
+class Conversion:
+    """What became of a file of some kind.
+
+    used: number of its tensors that were loaded. dropped: its keys that were not, on purpose. fresh: our parameters and
+    buffers that it does not have, left at their random start.
+    """
+
+    kind: str
+    used: int
+    dropped: list[str]
+    fresh: list[str]
+
+    def __str__(self) -> str:
+        dropped = Counter(re.sub(r"(reg_E0)\..*|.*(rope)\..*", r"\1\2", key) for key in self.dropped)
+        fresh = Counter(re.sub(r"model\.(?:vision_tower\.)?(\w+)\..*", r"\1", name) for name in self.fresh)
+        dropped, fresh = (
+            ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing" for counts in (dropped, fresh)
+        )
+        return f"{self.kind}: {self.used} tensors used; dropped on purpose: {dropped}; left at random start: {fresh}"
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """State dict of a .safetensors file, a file of torch.save (mmcv's too) or a TorchScript archive, on the CPU.
+
+    Raises ValueError for a file that holds other objects than tensors, numbers and texts: nothing is unpickled.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    if _is_torchscript(path):  # OpenAI's files; such an archive is a program, of which only the tensors are taken
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
+            return torch.jit.load(path, map_location="cpu").state_dict()
+    state = _load_saved(path)
+    if isinstance(state, dict):  # mmcv and open_clip wrap it, and BAAI's training under two other names
+        wrapped = (state.get(key) for key in ("state_dict", "model", "module"))
+        state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        held = list(state)[:8] if isinstance(state, dict) else type(state).__name__
+        raise ValueError(
+            f'{path} holds no state dict but {held}; expected names with tensors, alone or under the key "state_dict"'
+        )
+    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+
+
+def _load_saved(path: Path) -> object:
+    """What torch.save wrote; raises ValueError, with a way out, for anything that only unpickling could restore."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))
+        if not refused:
+            raise ValueError(f"{path} is no checkpoint that torch can read, or it is damaged; get it again") from error
+        raise ValueError(
+            f"{path} holds more than tensors, numbers and texts: {refused} was refused. Restoring such an object means "
+            "running code that the file names, so this program does not. If you trust the file, strip it to its "
+            "weights yourself, best where there is nothing to lose (a container without network), and convert those:\n"
+            f"    import torch; file = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
+            f"    torch.save(dict(file.get('state_dict', file)), {str(path.with_suffix('.stripped.pth'))!r})"
+        ) from error
+
+
+def _tensor(weights: dict[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name, before or after conversion; raises ValueError if there is none."""
+    if name not in weights:
+        raise ValueError(
+            f"the checkpoint has no {name}, or nothing that becomes it; it is incomplete or of another kind"
+        )
+    return weights[name]
+
+
+def architecture(weights: dict[str, Tensor]) -> dict[str, int | str]:
+    """The fields of a `TqdmConfig`, as "vision_config.hidden_size", that the shapes of converted towers tell."""
+    depth = Counter(re.sub(r"blocks\.\d+\.norm1\.weight", "", name) for name in weights)
+    tower, first = ("eva02", "w1") if VISION + "blocks.0.ffn.w1.weight" in weights else ("clip", "fc1")
+    width, _, _, patch = _tensor(weights, VISION + "patch_embed.weight").shape
+    vocabulary, text_width = _tensor(weights, TEXT + "token_embedding.weight").shape
+    return {
+        "vision_config.tower": tower,
+        "vision_config.patch_size": patch,
+        "vision_config.hidden_size": width,
+        "vision_config.intermediate_size": len(_tensor(weights, VISION + f"blocks.0.ffn.{first}.weight")),
+        "vision_config.num_hidden_layers": depth[VISION],
+        "vision_config.projection_dim": len(_tensor(weights, VISION + "projection.weight")),
+        "text_config.vocab_size": vocabulary,
+        "text_config.hidden_size": text_width,
+        "text_config.intermediate_size": len(_tensor(weights, TEXT + "blocks.0.ffn.fc1.weight")),
+        "text_config.num_hidden_layers": depth[TEXT],
+        "text_config.projection_dim": len(_tensor(weights, TEXT + "projection.weight")),
+    }
+
+
+def fitting_preset(weights: dict[str, Tensor]) -> str | None:
+    """Name of the preset whose towers have the shapes of these converted ones."""
+    found = architecture(weights)
+    for name in PRESETS:
+        config = TqdmConfig.from_preset(name)
+        if all(attrgetter(field)(config) == value for field, value in found.items()):
+            return name
+    return None
+
+
+def check_architecture(weights: dict[str, Tensor], config: TqdmConfig) -> None:
+    """Raises ValueError, naming the preset that fits, if converted towers have other shapes than the configuration."""
+    wrong = [
+        f"{field} is {value}, not {attrgetter(field)(config)}"
+        for field, value in architecture(weights).items()
+        if attrgetter(field)(config) != value
+    ]
+    if wrong:
+        preset = fitting_preset(weights)
+        fix = (
+            f"the preset {preset} fits them" if preset else "no preset fits them, make a TqdmConfig with these numbers"
+        )
+        raise ValueError(f"the checkpoint's towers are not those of the configuration: {', '.join(wrong)}; {fix}")
+
+
+def check_rotary(state: dict[str, Tensor], vision_tower: TqdmVisionModel) -> None:
+    """Raises ValueError unless a checkpoint's rotary tables, which are dropped, are those that the tower computes."""
+    for key, table in state.items():
+        if match := re.fullmatch(r"(.+?\.)(?:blocks\.\d+\.attn\.)?rope\.freqs_(cos|sin)", key):
+            grid = math.isqrt(state[match[1] + "pos_embed"].shape[1] - 1)
+            ours = vision_tower.rotary(grid, grid)[("cos", "sin").index(match[2])].cpu()  # (grid * grid, head size)
+            tolerance = max(1e-5, torch.finfo(table.dtype).eps)
+            if table.shape != ours.shape or not torch.allclose(table.float(), ours, rtol=0, atol=tolerance):
+                raise ValueError(
+                    f"rotary table {key} {tuple(table.shape)} is not that of this configuration {tuple(ours.shape)}; "
+                    "compare num_attention_heads, rope_grid and rope_theta of vision_config with the file's program"
+                )
+
+
+def load_exactly(model: TqdmForSemanticSegmentation, weights: dict[str, Tensor], expected: set[str]) -> None:
+    """Loads converted weights; raises ValueError naming those that do not fit before anything is changed."""
+    state = model.state_dict()
+    wrong = {
+        "missing": sorted(expected - weights.keys()),
+        "without a place": sorted(weights.keys() - expected),
+        "of another shape": [
+            f"{name} {tuple(weights[name].shape)} for {tuple(state[name].shape)}"
+            for name in sorted(expected & weights.keys())
+            if weights[name].shape != state[name].shape
+        ],
+    }
+    if any(wrong.values()):
+        found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in wrong.items() if names)
+        raise ValueError(
+            f"the checkpoint does not fit this model, it is incomplete or of another architecture: {found}"
+        )
+    model.load_state_dict(weights, strict=False)
+
+
+def load_published(
+    state: dict[str, Tensor], preset: str = "auto", classes: list[str] | None = None
+) -> tuple[TqdmForSemanticSegmentation, Conversion]:
+    """The model of a published checkpoint, with the file's number of classes, prompt length and text positions.
+
+    preset "auto": the one whose towers have the file's shapes. classes: names in id order, by default Cityscapes' 19.
+    Raises ValueError for anything that does not fit.
+    """
+    kind, _ = recognise(state)
+    if kind != _PUBLISHED:
+        raise ValueError(
+            f"this is no tqdm checkpoint but {kind}; with --init PRESET it becomes the start of a training"
+        )
+    weights = convert_published(state)
+    names = classes or CITYSCAPES_CLASSES
+    count = len(_tensor(state, "decode_head.query_embed.weight"))
+    if count != len(names):
+        raise ValueError(
+            f"the checkpoint has {count} classes and there are {len(names)} names{'' if classes else ' by default'}; "
+            "pass the names it was trained with, in id order: --classes first,second,..."
+        )
+    if preset == "auto":
+        preset = fitting_preset(weights)
+        if preset is None:
+            raise ValueError(f"no preset ({', '.join(PRESETS)}) has the checkpoint's towers: {architecture(weights)}")
+    text = {
+        "max_position_embeddings": len(_tensor(state, "text_encoder.positional_embedding")),
+        "num_prompt_tokens": _tensor(state, "contexts").shape[1],
+    }
+    config = TqdmConfig.from_preset(preset, id2label=dict(enumerate(names)), text_config=text)
+    check_architecture(weights, config)
+    model = TqdmForSemanticSegmentation(config)
+    load_exactly(model, weights, set(model.state_dict()))
+    check_rotary(state, model.model.vision_tower)
+    dropped = dropped_keys(state, PUBLISHED_RULES)
+    return model.eval(), Conversion(kind, len(state) - len(dropped), dropped, [])
+
+
+def initial_weights(state: dict[str, Tensor], config: TqdmConfig) -> dict[str, Tensor]:
+    """State dict of a pre-trained CLIP or EVA02-CLIP -> weights of the two towers of `TqdmForSemanticSegmentation`.
+
+    Position tables are fitted as in the published code: the image's is resized to the grid of the configuration, the
+    text's keeps its first rows. Raises ValueError if the towers are not those of the configuration.
+    """
+    weights = apply_rules(state, INITIAL_RULES)
+    check_architecture(weights, config)
+    vision, rows = config.vision_config, config.text_config.max_position_embeddings
+    grid = vision.image_size // vision.patch_size
+    table = _tensor(weights, VISION + "position_embedding")  # (1 + g g, D)
+    weights[VISION + "position_embedding"] = resize_positions(table, grid, grid, vision.tower)
+    table = _tensor(weights, TEXT + "position_embedding")  # (77, T)
+    if rows > len(table):
+        raise ValueError(f"max_position_embeddings is {rows}, and the file has only {len(table)}; use at most as many")
+    weights[TEXT + "position_embedding"] = table[:rows]
+    return weights
+
+
+def check_activation(kind: str, trained: str | None, config: TqdmConfig) -> None:
+    """Raises ValueError unless it is known what pre-trained CLIP blocks were trained with, and configured so."""
+    if trained is None:
+        raise ValueError(
+            f"{kind}: the file does not tell its activation, and the wrong one spoils every feature without a trace. "
+            "Pass --activation quick_gelu for OpenAI's weights and those called quickgelu, gelu for others, as LAION's"
+        )
+    towers = [config.text_config] + [config.vision_config] * (config.vision_config.tower == "clip")
+    configured = sorted({tower.hidden_act for tower in towers})
+    if configured != [trained]:
+        raise ValueError(
+            f"{kind}: trained with {trained}, but the configuration says {' and '.join(configured)}; set hidden_act to "
+            f'"{trained}" in text_config and, for a CLIP tower, in vision_config'
+        )
+
+
+def load_initial_weights(
+    model: TqdmForSemanticSegmentation, source: str | Path | dict[str, Tensor], activation: str | None = None
+) -> Conversion:
+    """Loads pre-trained towers from a file or state dict, whose kind is told by its keys; all else keeps its start.
+
+    activation: "quick_gelu" or "gelu", what the CLIP blocks of the source were trained with; needed where the file does
+    not tell, and must be the configuration's. Raises ValueError for anything that does not fit, changing nothing.
+    """
+    state = source if isinstance(source, dict) else read_checkpoint(Path(source))
+    kind, known = recognise(state)
+    if kind == _PUBLISHED:
+        raise ValueError("this is a tqdm checkpoint, not only pre-trained towers; convert it without --init")
+    if known and activation not in (None, known):
+        raise ValueError(f"{kind}: always trained with {known}, not with {activation}; leave the activation out")
+    weights = initial_weights(state, model.config)
+    check_activation(kind, known or activation, model.config)
+    check_rotary(state, model.model.vision_tower)
+    names = set(model.state_dict())
+    towers = {name for name in names if name.startswith((VISION, TEXT)) and not name.startswith(VISION + "pyramid.")}
+    load_exactly(model, weights, towers)
+    dropped = dropped_keys(state, INITIAL_RULES)
+    return Conversion(kind, len(state) - len(dropped), dropped, sorted(names - towers))
+
+
+def start_model(
+    preset: str, state: dict[str, Tensor], activation: str | None = None, classes: list[str] | None = None
+) -> tuple[TqdmForSemanticSegmentation, Conversion]:
+    """A model of the preset and the activation, with pre-trained towers; the rest is random."""
+    config = TqdmConfig.from_preset(preset, id2label=dict(enumerate(classes or CITYSCAPES_CLASSES)))
+    if activation is not None:
+        config.text_config.hidden_act = activation
+        if config.vision_config.tower == "clip":
+            config.vision_config.hidden_act = activation
+    model = TqdmForSemanticSegmentation(config)
+    return model, load_initial_weights(model, state, activation)
+
+
+def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
+    """State dict and activation of a model of open_clip: "NAME:TAG", "hf-hub:ORG/NAME" or "local-dir:PATH".
+
+    Raises ValueError if no weights are named.
+    """
+    import open_clip
+    from open_clip.transformer import QuickGELU
+
+    tag = None
+    if not name.startswith(("hf-hub:", "local-dir:")):
+        name, _, tag = name.partition(":")
+        if not tag:
+            tags = open_clip.list_pretrained_tags_by_model(name)
+            raise ValueError(f"{name} names no weights; add a tag, {name}:TAG, of {', '.join(tags) or 'that model'}")
+    # Some tags, openai among them, are also listed under a model name that stands for the other activation.
+    quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) if tag else False
+    model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, require_pretrained=True)
+    quick = any(isinstance(module, QuickGELU) for module in model.modules())
+    return model.state_dict(), "quick_gelu" if quick else "gelu"
+
+
+def read_transformers(name: str) -> tuple[dict[str, Tensor], str]:
+    """State dict and activation of a CLIPModel, by hub id or folder."""
+    model = CLIPModel.from_pretrained(name)
+    activations = {model.config.vision_config.hidden_act, model.config.text_config.hidden_act}
+    if len(activations) > 1:
+        raise ValueError(
+            f"the towers of {name} have different activations, {sorted(activations)}; choose another model"
+        )
+    return model.state_dict(), activations.pop()
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help=".pth, .pt or .safetensors file, or what --from says")
+    parser.add_argument("out", help="model folder to write, for AutoModelForSemanticSegmentation and train.py --model")
+    purpose = parser.add_mutually_exclusive_group()
+    purpose.add_argument(
+        "--preset", choices=["auto", *sorted(PRESETS)], default="auto",
+        help="SOURCE is a published tqdm checkpoint of this preset; auto: told by its shapes (default %(default)s)",
+    )  # fmt: skip
+    purpose.add_argument(
+        "--init", choices=sorted(PRESETS), metavar="PRESET",
+        help=f"SOURCE is a pre-trained CLIP or EVA02-CLIP, OUT the start of a training: {', '.join(sorted(PRESETS))}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classes", metavar="A,B,...", type=lambda text: [name.strip() for name in text.split(",")],
+        help="class names in id order (default: the 19 of Cityscapes)",
+    )  # fmt: skip
+    init = parser.add_argument_group("with --init")
+    init.add_argument(
+        "--from", dest="origin", choices=["file", "open_clip", "transformers"], default="file",
+        help="what SOURCE is; open_clip: NAME:TAG as open_clip.list_pretrained() has it, or hf-hub:ORG/NAME; "
+        "transformers: hub id or folder of a CLIPModel; these two download (default %(default)s)",
+    )  # fmt: skip
+    init.add_argument(
+        "--activation", choices=["quick_gelu", "gelu"],
+        help="for a file that does not tell what it was trained with: quick_gelu for OpenAI's, gelu for most others",
+    )  # fmt: skip
+    init.add_argument("--seed", type=int, default=0, help="decides the weights not pre-trained (default %(default)s)")
+    args = parser.parse_args(argv)
+    if args.init is None and (args.origin != "file" or args.activation):
+        parser.error("--from and --activation are for pre-trained towers; say with --init PRESET which model to make")
+    if args.origin != "file" and args.activation:
+        parser.error(f"--activation is for files; with --from {args.origin} it is known")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Converts, writes the folder, and prints what became of every tensor."""
+    args = parse_args(argv)
+    activation = args.activation
+    if args.origin == "open_clip":
+        state, activation = read_open_clip(args.source)
+    elif args.origin == "transformers":
+        state, activation = read_transformers(args.source)
+    else:
+        state = read_checkpoint(Path(args.source))
+    if args.init is None:
+        model, conversion = load_published(state, args.preset, args.classes)
+    else:
+        torch.manual_seed(args.seed)
+        model, conversion = start_model(args.init, state, activation, args.classes)
+    save_model_folder(model, TqdmImageProcessor(), args.out)
+    print(f"{conversion}\n{args.out}: {model.config.num_labels} classes, {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    main()

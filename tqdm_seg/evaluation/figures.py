@@ -1,0 +1,195 @@
+"""What an evaluation found, from the counts of its frames: figures of a set and its groups, as JSON, CSV, Markdown.
+
+Letters: K classes.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .counts import FrameTable
+from .groups import NOT_GIVEN
+from .metrics import group_sums, scores
+
+# Figures of a whole set, as columns of tables name them.
+FIGURES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "frequency_weighted_iou": "frequency-weighted IoU"}
+# More sizes than these are told by the smallest and the largest; more scenes than these are only in the files.
+_SIZES, _SCENES = 3, 40
+
+
+def set_results(table: FrameTable) -> dict[str, Any]:
+    """All figures of a set, its confusion matrix (K, K + 1) and its groups, under their protocol, ready for JSON."""
+    matrix = table.counts.sum(0)
+    return {
+        **scores(torch.from_numpy(matrix), table.classes),
+        "matrix": matrix.tolist(),
+        "protocol": table.protocol,
+        "groups": group_results(table),
+    }
+
+
+def group_results(table: FrameTable) -> dict[str, list[dict[str, Any]]]:
+    """{"scene": figures of every scene, "weather": ...}: every property of the frames that groups them."""
+    columns = {"scene": table.scenes, **table.attributes}
+    found: dict[str, list[dict[str, Any]]] = {}
+    for property_name, values in columns.items():
+        if not any(values):
+            continue
+        keys = [value or NOT_GIVEN for value in values]
+        counts, frames = group_sums(table.counts, keys), group_sums(table.num_frames, keys)
+        found[property_name] = [
+            {
+                "name": name,
+                "frames": int(frames[name]),
+                "pixels": int(matrix.sum()),
+                **scores(torch.from_numpy(matrix), table.classes),
+            }
+            for name, matrix in counts.items()
+        ]
+    return found
+
+
+def mean_results(sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The published average: of each set's figures, every set counting the same; None where a set has no value."""
+    found: dict[str, Any] = {"sets": list(sets)}
+    for name in FIGURES:
+        values = [results[name] for results in sets.values()]
+        found[name] = None if None in values else sum(values) / len(values)
+    return found
+
+
+def group_csv(results: dict[str, Any]) -> str:
+    """A line per group and one, "all", for the set, unrounded, under which protocol in every line."""
+    names = list(results["iou"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    kinds = [f"{kind}_{name}" for kind in ("iou", "accuracy") for name in names]
+    writer.writerow(["by", "name", "frames", "pixels", *FIGURES, *kinds, "protocol"])
+    protocol = protocol_text(results["protocol"])
+    pixels = sum(map(sum, results["matrix"]))
+    whole = {"name": "", "frames": results["protocol"]["frames"], "pixels": pixels, **results}
+    rows = [("all", whole), *((by, row) for by, group in results["groups"].items() for row in group)]
+    for by, row in rows:
+        figures = [row[name] for name in FIGURES]
+        figures += [row[kind][name] for kind in ("iou", "accuracy") for name in names]
+        head = [by, row["name"], row["frames"], row["pixels"]]
+        writer.writerow([*head, *("" if value is None else value for value in figures), protocol])
+    return text.getvalue()
+
+
+# -- Markdown -------------------------------------------------------------------------------------------
+
+
+def closing_lines(results: dict[str, Any]) -> list[str]:
+    """What evaluate_tqdm.py prints after the sets: all of them in one table, and which model it was."""
+    lines = [*summary_lines(results), ""] if len(results["sets"]) > 1 else []
+    model = results["model"]
+    code = f"commit {model['commit']}" if model["commit"] else f"version {model['version'] or 'not known'}"
+    return [*lines, f"Model: {model['path']}; code: {code}."]
+
+
+def set_lines(name: str, results: dict[str, Any]) -> list[str]:
+    """A set: its figures, classes, groups, and the protocol that they hold under."""
+    figures = ", ".join(f"{title} {percent(results[key])} %" for key, title in FIGURES.items())
+    lines = [f"## {name}: mIoU {percent(results['miou'])} %", "", f"{figures}."]
+    if "positive_class" in results:
+        lines.append(positive_text(results["positive_class"]))
+    lines += ["", *class_lines(results)]
+    for by, group in results["groups"].items():
+        lines += ["", *group_lines(by, group)]
+    return [*lines, "", f"Protocol: {protocol_text(results['protocol'])}."]
+
+
+def positive_text(positive: dict[str, Any]) -> str:
+    """Precision, recall, F and IoU of the positive one of two classes."""
+    values = ", ".join(
+        f"{title} {percent(positive[key])} %"
+        for key, title in {"precision": "precision", "recall": "recall", "f_score": "F", "iou": "IoU"}.items()
+    )
+    return f"{positive['name']} alone: {values}."
+
+
+def class_lines(results: dict[str, Any]) -> list[str]:
+    """Lines of the table of classes. truth: their shares of the labelled pixels."""
+    truth = [sum(row) for row in results["matrix"]]
+    lines = [table_line(["class", "IoU, %", "accuracy, %", "truth, %"]), table_line(["---", *["---:"] * 3])]
+    for pixels, (name, iou) in zip(truth, results["iou"].items(), strict=True):
+        share = percent(pixels / sum(truth) if sum(truth) else None)
+        lines.append(table_line([name, percent(iou), percent(results["accuracy"][name]), share]))
+    return lines
+
+
+def group_lines(by: str, group: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of the table of a set's groups, the worst of them if there are many."""
+    ranked = sorted(group, key=lambda row: (row["miou"] is None, row["miou"]))
+    shown = group if len(group) <= _SCENES else ranked[:_SCENES]
+    lines = [table_line([by, "frames", *(f"{title}, %" for title in FIGURES.values())])]
+    lines.append(table_line(["---", *["---:"] * (1 + len(FIGURES))]))
+    lines += [table_line([row["name"], str(row["frames"]), *(percent(row[key]) for key in FIGURES)]) for row in shown]
+    if len(shown) < len(group):
+        lines += ["", f"The {_SCENES} worst of {len(group)}; the files hold all."]
+    return lines
+
+
+def summary_lines(results: dict[str, Any]) -> list[str]:
+    """Lines of the table of all sets and their mean."""
+    lines = ["## All sets", "", table_line(["set", *(f"{title}, %" for title in FIGURES.values()), "protocol"])]
+    lines.append(table_line(["---", *["---:"] * len(FIGURES), "---"]))
+    for name, found in results["sets"].items():
+        lines.append(table_line([name, *(percent(found[key]) for key in FIGURES), short_protocol(found["protocol"])]))
+    mean = results["mean"]
+    figures = (f"**{percent(mean[key])}**" for key in FIGURES)
+    return [*lines, table_line([f"**mean of {len(mean['sets'])} sets**", *figures, "each set counts the same"])]
+
+
+def protocol_text(protocol: dict[str, Any]) -> str:
+    """The whole protocol in one line, without a full stop."""
+    labels = protocol["labels"]
+    classes = labels["classes"].values()
+    data = "{dataset}, split {split}: ".format(**protocol["data"]) if "data" in protocol else ""
+    parts = [
+        f"{data}{protocol['frames']} frames",
+        short_protocol(protocol),
+        f"images resized: {protocol['resize']}",
+        protocol["interpolation"],
+        f"truth {protocol['truth']}, {sizes_text(protocol['truth_size'])}",
+        protocol["pooling"],
+        f"{len(classes)} classes ({', '.join(classes)}), {labels['ignored']} ignored",
+        f"label map {labels['name']}: {labels['policy']}",
+    ]
+    return "; ".join(parts)
+
+
+def short_protocol(protocol: dict[str, Any]) -> str:
+    """What differs most often: size, windows, views, truth, number format."""
+    mode = protocol["mode"]
+    if mode == "slide":
+        mode = f"windows of {protocol['window']} every {protocol['stride']} pixels"
+    truth = "" if protocol["truth"].startswith("at its own") else f", truth {protocol['truth']}"
+    return (
+        f"images {sizes_text(protocol['image_size'])}, {mode}, test-time augmentation: "
+        f"{protocol['test_time_augmentation']}{truth}, {protocol['precision']}"
+    )
+
+
+def sizes_text(sizes: dict[str, int]) -> str:
+    """'224x224', '224x224 (3) and 720x1280 (5)', or the extremes of many sizes; height x width."""
+    if len(sizes) == 1:
+        return next(iter(sizes))
+    if len(sizes) <= _SIZES:
+        return " and ".join(f"{size} ({count})" for size, count in sizes.items())
+    by_area = sorted(sizes, key=lambda size: int(size.split("x")[0]) * int(size.split("x")[1]))
+    return f"from {by_area[0]} to {by_area[-1]} ({len(sizes)} sizes)"
+
+
+def percent(share: float | None) -> str:
+    """'71.20' for 0.712; a figure that is not defined has none."""
+    return "N/A" if share is None else f"{100 * share:.2f}"
+
+
+def table_line(cells: Iterable[str]) -> str:
+    """A line of a Markdown table."""
+    return " | ".join(["", *(cell.replace("|", "\\|") for cell in cells), ""]).strip()

@@ -1,0 +1,45 @@
+"""Groups of frames: scenes, and the attributes of scenes that a table names."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from ..data.scenes import scene_identity
+
+ATTRIBUTES = ("weather", "light", "road")
+
+
+NOT_GIVEN = "not given"
+
+
+def flattened(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"labels": {"ignored": 255}} -> {"labels.ignored": 255}."""
+    found: dict[str, Any] = {}
+    for key, value in protocol.items():
+        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def read_attributes(path: Path) -> dict[str, dict[str, str]]:
+    """{scene identity: {column: value}} of a CSV; raises ValueError if it has no scenes, or one of them twice."""
+    rows = list(csv.DictReader(read_text(path).splitlines()))
+    if not rows or "scene" not in rows[0]:
+        raise ValueError(f"{path} needs a column 'scene' and a row per scene")
+    found: dict[str, dict[str, str]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            scene = scene_identity(row["scene"])
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from error
+        if scene in found:
+            raise ValueError(f"{path}, row {number}: scene {row['scene']} stands there twice; leave one out")
+        found[scene] = row
+    return found
+
+
+def read_text(path: Path) -> str:
+    """A text file; raises ValueError naming what is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8; save it as such") from error

@@ -1,0 +1,313 @@
+"""Two runs on the same frames: their scores by scene and group, what differs, and whether they may be compared.
+
+Everything follows from the pixel counts of the two per-frame tables; `compare_runs.py` states the rules.
+
+Letters: R rows, S scenes, N resamples, K classes.
+"""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..data.scenes import scene_identity
+from ..evaluation.counts import FrameTable
+from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flattened
+from ..evaluation.metrics import class_iou, group_sums
+
+
+class Message(NamedTuple):
+    """A sentence in English, and what its braces stand for (other messages among it), so that it can be translated."""
+
+    text: str
+    values: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Row:
+    """The counts (2, K, K + 1) of one set of frames in both runs, and how many frames each run has of it."""
+
+    name: str
+    counts: np.ndarray
+    frames: tuple[int, int]
+
+    @cached_property
+    def iou(self) -> torch.Tensor:
+        """(2, K) float64, NaN where undefined."""
+        return class_iou(torch.from_numpy(self.counts))
+
+    @cached_property
+    def miou(self) -> list[float]:
+        """Of both runs; NaN where one has no labelled pixel."""
+        return self.iou.nanmean(-1).tolist()
+
+    @property
+    def difference(self) -> float:
+        """Percentage points by which the second run is better; NaN if either has no value."""
+        return (self.miou[1] - self.miou[0]) * 100
+
+
+class Group(NamedTuple):
+    """The frames divided by one of their properties."""
+
+    name: str
+    rows: list[Row]
+
+
+class Interval(NamedTuple):
+    """95 % interval of the Overall difference in percentage points, and where it comes from."""
+
+    low: float
+    high: float
+    scenes: int
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All that the outputs say. warnings: why not to compare. notes: what else a reader should know."""
+
+    runs: tuple[str, str]
+    protocols: tuple[dict[str, Any], dict[str, Any]]
+    classes: list[str]
+    scenes: list[Row]
+    overall: Row
+    groups: list[Group]
+    interval: Interval | None
+    same_frames: bool
+    warnings: list[Message]
+    notes: list[Message]
+
+    @cached_property
+    def ranked(self) -> list[Row]:
+        """Scenes that have a value in both runs, from the largest loss to the largest gain."""
+        return sorted((row for row in self.scenes if row.difference == row.difference), key=lambda row: row.difference)
+
+    @cached_property
+    def spread(self) -> tuple[float, float]:
+        """Mean and standard deviation of the scenes' differences in percentage points; NaN for too few scenes."""
+        differences = [row.difference for row in self.ranked]
+        deviation = np.std(differences, ddof=1) if len(differences) > 1 else np.nan
+        return float(np.mean(differences or [np.nan])), float(deviation)
+
+    @cached_property
+    def scene_mean(self) -> list[float]:
+        """Means of the scenes' mIoU of both runs, over the scenes that have a value in both; NaN for none."""
+        return np.mean([row.miou for row in self.ranked] or [[np.nan, np.nan]], 0).tolist()
+
+    def mark(self, row: Row) -> str:
+        """What a scene is marked with: up, down or nothing."""
+        mean, deviation = self.spread
+        if abs(row.difference - mean) > deviation:  # never true of NaN
+            return "up" if row.difference > mean else "down"
+        return ""
+
+
+# -- may they be compared -------------------------------------------------------------------------------
+
+
+def frame_warnings(tables: Sequence[FrameTable], runs: tuple[str, str]) -> list[Message]:
+    """What one run has and the other lacks."""
+    unit, keys = frame_keys(tables)
+    frames = [group_sums(table.num_frames, of_table) for table, of_table in zip(tables, keys, strict=True)]
+    found = []
+    for run, own, other in ((runs[0], *frames), (runs[1], *reversed(frames))):
+        alone = sorted(own.keys() - other.keys())
+        if alone:
+            values = {"count": len(alone), "unit": Message(unit), "run": run, "first": alone[0]}
+            found.append(Message("Found in {run} only ({unit}): {count}, beginning with {first}.", values))
+    changed = [key for key in sorted(frames[0].keys() & frames[1].keys()) if frames[0][key] != frames[1][key]]
+    if changed:
+        values = {"count": len(changed), "first": changed[0], "a": frames[0][changed[0]], "b": frames[1][changed[0]]}
+        text = "Scenes with different numbers of frames: {count}, beginning with {first} ({a} and {b})."
+        found.append(Message(text, values))
+    return found
+
+
+def truth_warnings(tables: Sequence[FrameTable]) -> list[Message]:
+    """Whether what both runs have was scored against the same truth, as far as its pixels per class tell."""
+    unit, keys = frame_keys(tables)
+    truth = [group_sums(table.counts.sum(2), of_table) for table, of_table in zip(tables, keys, strict=True)]
+    common = sorted(truth[0].keys() & truth[1].keys())
+    if not common:
+        return []
+    a, b = (np.stack([sums[key] for key in common]) for sums in truth)  # (frames or scenes, K)
+    changed = (a != b).any(1)
+    if not changed.any():
+        return []
+    share = np.abs(a - b).sum(0) / np.maximum(np.maximum(a, b).sum(0), 1)  # (K,)
+    values = {
+        "count": int(changed.sum()), "total": len(common), "unit": Message(unit), "share": f"{100 * share.max():.2f}",
+        "name": class_names(tables)[share.argmax()],
+    }  # fmt: skip
+    text = "The truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels."
+    return [Message(text, values)]
+
+
+def frame_keys(tables: Sequence[FrameTable]) -> tuple[str, list[list[str]]]:
+    """Whether frames or scenes can be told apart in both tables, and what names of one have in common, row by row.
+
+    Tables name a frame by its picture or its label, under whatever folder the data were in: scene and file name count,
+    or the whole path where these are not unique.
+    """
+    if not all(any(table.frames) for table in tables):
+        return "scenes", [identities(table) for table in tables]
+    keys = []
+    for table in tables:
+        files = (frame.replace("\\", "/").rpartition("/")[2] for frame in table.frames)
+        stems = (file.rsplit(".", 1)[0].removesuffix("_fillcolor") for file in files)
+        keys.append([f"{scene}/{stem}" for scene, stem in zip(identities(table), stems, strict=True)])
+    unique = all(len(set(of_table)) == len(of_table) for of_table in keys)
+    return "frames", keys if unique else [table.frames for table in tables]
+
+
+def protocol_warnings(tables: Sequence[FrameTable], runs: tuple[str, str]) -> list[Message]:
+    """Every field of the protocols that differs, and the names of the classes if both tables have them."""
+    a, b = (flattened(table.protocol) for table in tables)
+    if bool(a) != bool(b):
+        return [Message("Only {run} states its protocol.", {"run": runs[0] if a else runs[1]})]
+    if all(map(has_names, tables)):
+        a["classes"], b["classes"] = (", ".join(table.classes) for table in tables)
+    missing = Message(NOT_GIVEN)
+    both = {field: (a.get(field, missing), b.get(field, missing)) for field in [*a, *(b.keys() - a.keys())]}
+    text = "The protocols differ in {field}: {a} and {b}."
+    return [Message(text, {"field": field, "a": x, "b": y}) for field, (x, y) in sorted(both.items()) if x != y]
+
+
+def has_names(table: FrameTable) -> bool:
+    """Whether the table names its classes; where it does not, they are called 0, 1, ..."""
+    return table.classes != [str(k) for k in range(len(table.classes))]
+
+
+def class_names(tables: Sequence[FrameTable]) -> list[str]:
+    """Names of the classes, from the table that has them; raises ValueError for different numbers of classes."""
+    a, b = tables
+    if len(a.classes) != len(b.classes):
+        raise ValueError(f"{len(a.classes)} and {len(b.classes)} classes cannot be compared; evaluate both alike")
+    return a.classes if has_names(a) else b.classes
+
+
+# -- comparing ------------------------------------------------------------------------------------------
+
+
+def compare(
+    tables: Sequence[FrameTable],
+    runs: tuple[str, str],
+    wanted: Collection[str] = (),
+    groups: Sequence[Group] = (),
+    resamples: int = 0,
+    seed: int = 0,
+    notes: Sequence[Message] = (),
+) -> Comparison:
+    """Everything about two tables of the same classes. wanted: scenes that get a row even if neither table has them.
+
+    resamples: of the bootstrap, 0 for none. Raises ValueError for different numbers of classes.
+    """
+    classes = class_names(tables)
+    other_frames = frame_warnings(tables, runs)
+    scenes = rows_by(tables, [identities(table) for table in tables], wanted)
+    (overall,) = rows_by(tables, [["Overall"] * len(table.scenes) for table in tables])
+    if not any(table.protocol for table in tables):
+        text = "No table states its protocol: whether both runs were scored alike is not known."
+        notes = [*notes, Message(text)]
+    return Comparison(
+        runs=runs,
+        protocols=(tables[0].protocol, tables[1].protocol),
+        classes=classes,
+        scenes=scenes,
+        overall=overall,
+        groups=list(groups),
+        interval=bootstrap(scenes, resamples, seed),
+        same_frames=not other_frames,
+        warnings=[*other_frames, *truth_warnings(tables), *protocol_warnings(tables, runs)],
+        notes=list(notes),
+    )
+
+
+def rows_by(tables: Sequence[FrameTable], keys: Sequence[Sequence[str]], wanted: Collection[str] = ()) -> list[Row]:
+    """A row per key, sorted as text. keys: one per row of each table. wanted: keys that get a row in any case."""
+    counts = [group_sums(table.counts, of_table) for table, of_table in zip(tables, keys, strict=True)]
+    frames = [group_sums(table.num_frames, of_table) for table, of_table in zip(tables, keys, strict=True)]
+    nothing = np.zeros_like(tables[0].counts[0])
+    return [
+        Row(key, np.stack([sums.get(key, nothing) for sums in counts]), tuple(int(n.get(key, 0)) for n in frames))
+        for key in sorted({*counts[0], *counts[1], *wanted})
+    ]
+
+
+def bootstrap(scenes: Iterable[Row], resamples: int, seed: int) -> Interval | None:
+    """Between what the Overall difference would lie had other scenes of the kind been driven; None below two scenes.
+
+    Both runs get the same scenes in each resample, so that what is hard for both cancels.
+    """
+    counts = np.array([row.counts for row in scenes if row.difference == row.difference])  # (S, 2, K, K + 1)
+    size = len(counts)
+    if resamples < 1 or size < 2:
+        return None
+    times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)  # (N, S)
+    # In float64 for speed: as exact, for all sums are whole numbers below 2**53.
+    sums = (times.astype(float) @ counts.reshape(size, -1).astype(float)).reshape(resamples, *counts.shape[1:])
+    miou = class_iou(torch.from_numpy(sums)).nanmean(-1).numpy()  # (N, 2)
+    low, high = np.quantile((miou[:, 1] - miou[:, 0]) * 100, [0.025, 0.975])
+    return Interval(float(low), float(high), size, resamples, seed)
+
+
+def identities(table: FrameTable) -> list[str]:
+    """The scene of every row under the name that all lists share; raises ValueError for impossible names."""
+    known = {scene: scene_identity(scene) or "(no scene)" for scene in set(table.scenes)}
+    return [known[scene] for scene in table.scenes]
+
+
+def list_groups(tables: Sequence[FrameTable], known: set[str] | None, leaked: set[str] | None) -> list[Group]:
+    """The scenes in and out of a training list, and what remains without leaked scenes."""
+    scenes = [identities(table) for table in tables]
+    groups = []
+    if known is not None:
+        keys = [["known" if scene in known else "unknown" for scene in of_table] for of_table in scenes]
+        groups.append(Group("training list", rows_by(tables, keys, ["known", "unknown"])))
+    if leaked is not None:
+        names = ["without the leaked", "only the leaked"]
+        keys = [[names[scene in leaked] for scene in of_table] for of_table in scenes]
+        only, without = rows_by(tables, keys, names)
+        (everything,) = rows_by(tables, [["all"] * len(of_table) for of_table in scenes])
+        groups.append(Group("leaked scenes", [everything, without, only]))
+    return groups
+
+
+def attribute_groups(
+    tables: Sequence[FrameTable], wanted: Sequence[str] | None, of_scene: dict[str, dict[str, str]] | None
+) -> tuple[list[Group], list[Message]]:
+    """The frames by weather and the like, and in what the tables disagree about them.
+
+    wanted: None for those of `ATTRIBUTES` that can be had. of_scene: {scene: {attribute: value}} to be used in place of
+    the tables' columns. Raises ValueError for an attribute that is wanted and not there.
+    """
+    groups, notes = [], []
+    for name in ATTRIBUTES if wanted is None else wanted:
+        if of_scene is not None and any(name in values for values in of_scene.values()):
+            keys = [[of_scene.get(scene, {}).get(name) or NOT_GIVEN for scene in identities(t)] for t in tables]
+        elif of_scene is None and all(name in table.attributes for table in tables):
+            keys = [[value or NOT_GIVEN for value in table.attributes[name]] for table in tables]
+            notes += disagreement(tables, name, keys)
+        elif wanted is None:
+            continue
+        else:
+            raise ValueError(f"{name!r} is no column of both tables, nor of an --attributes file; give it there")
+        groups.append(Group(name, rows_by(tables, keys)))
+    return groups, notes
+
+
+def disagreement(tables: Sequence[FrameTable], name: str, values: Sequence[Sequence[str]]) -> list[Message]:
+    """Whether the two tables put the same frames, or scenes, into different groups."""
+    unit, keys = frame_keys(tables)
+    first, second = (set(zip(of_keys, of_values, strict=True)) for of_keys, of_values in zip(keys, values, strict=True))
+    common = set(keys[0]) & set(keys[1])
+    apart = sorted({key for key, _ in first ^ second} & common)
+    if not apart:
+        return []
+    text = "The tables disagree on {name} ({unit}): {count}, beginning with {first}."
+    return [Message(text, {"name": name, "count": len(apart), "unit": Message(unit), "first": apart[0]})]

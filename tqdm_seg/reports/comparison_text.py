@@ -1,0 +1,256 @@
+"""A comparison of two runs as Markdown in English or Chinese, as CSV and as JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from ..evaluation.figures import table_line
+from ..evaluation.groups import NOT_GIVEN
+from .comparison import Comparison, Message, Row
+
+# How many of the worst scenes of each run are named, and how many of the largest gains.
+WORST, GAINS = 3, 2
+ARROWS = {"up": "↑", "down": "↓", "": ""}
+MARKS = (
+    "↑ and ↓: above or below the mean of the scenes' differences ({mean}) by more than a standard deviation ({spread})."
+)
+SCENE_MEAN = "Mean of the scenes, each counting the same: {a} and {b} ({diff})."
+INTERVAL = (
+    "95 % interval of the Overall difference: {low} to {high} (paired bootstrap over {scenes} scenes, {resamples} "
+    "resamples, seed {seed})."
+)
+# What the Markdown says, in Chinese. Names of scenes, runs and classes stay as they are.
+CHINESE = {
+    "Comparison of {a} and {b}": "{a} 与 {b} 的对比",
+    "Warning": "警告",
+    "Scenes": "各场景",
+    "Scene": "场景",
+    "Frames": "帧数",
+    "Difference": "差异",
+    "Mark": "标记",
+    "Overall": "总体",
+    "Class": "类别",
+    "Classes, over all frames": "各类别（全部帧）",
+    "Key findings": "关键发现",
+    "By {name}": "按{name}分组",
+    "training list": "训练场景列表",
+    "leaked scenes": "泄漏场景",
+    "weather": "天气",
+    "light": "光照",
+    "road": "道路类型",
+    "known": "已知",
+    "unknown": "未知",
+    "all": "全部",
+    "without the leaked": "不含泄漏场景",
+    "only the leaked": "仅泄漏场景",
+    "(no scene)": "（无场景）",
+    NOT_GIVEN: "未注明",
+    "frames": "帧",
+    "scenes": "场景",
+    "Differences are percentage points of unrounded values.": "差异为百分点，由未舍入的数值计算。",
+    "Overall is computed on the counts of all frames together.": "总体由全部帧的计数合并后计算。",
+    SCENE_MEAN: "各场景的平均（权重相同）：{a} 与 {b}（{diff}）。",
+    MARKS: "↑ 与 ↓：高于或低于各场景差异的均值（{mean}）超过一个标准差（{spread}）。",
+    "Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.": (
+        "总体所覆盖的帧不同：{a} 为 {frames_a} 帧，{b} 为 {frames_b} 帧。"
+    ),
+    "Overall mIoU: {before} % → {after} % ({diff}).": "总体 mIoU：{before} % → {after} %（{diff}）。",
+    "{b} is better in {better} and worse in {worse} of {total} scenes.": (
+        "共 {total} 个场景，{b} 在 {better} 个中更好，在 {worse} 个中更差。"
+    ),
+    "Largest gains: {scenes}.": "最大提升：{scenes}。",
+    "Largest loss: {scenes}.": "最大下降：{scenes}。",
+    "Worst scenes of {run}: {scenes}.": "{run} 最差的场景：{scenes}。",
+    INTERVAL: "总体差异的 95 % 区间：{low} 至 {high}（{scenes} 个场景配对自助法，{resamples} 次重采样，种子 {seed}）。",
+    "Scenes left out, for they are not in {file}: {count}.": "不在 {file} 内而略去的场景：{count} 个。",
+    "Leaked scenes: {scenes}.": "泄漏场景：{scenes}。",
+    "No table states its protocol: whether both runs were scored alike is not known.": (
+        "两个表均未注明评测协议：无法得知两者的评测方式是否相同。"
+    ),
+    "Found in {run} only ({unit}): {count}, beginning with {first}.": "仅在 {run} 中的{unit}：{count} 个，如 {first}。",
+    "Scenes with different numbers of frames: {count}, beginning with {first} ({a} and {b}).": (
+        "帧数不同的场景：{count} 个，首个为 {first}（{a} 与 {b}）。"
+    ),
+    "The truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels.": (
+        "{total} 个{unit}中有 {count} 个的真值不同，差异最大的是类别 {name}：为其像素的 {share} %。"
+    ),
+    "The tables disagree on {name} ({unit}): {count}, beginning with {first}.": (
+        "两个表的 {name} 不一致的{unit}：{count} 个，首个为 {first}。"
+    ),
+    "The protocols differ in {field}: {a} and {b}.": "评测协议的 {field} 不同：{a} 与 {b}。",
+    "Only {run} states its protocol.": "只有 {run} 注明了评测协议。",
+}
+
+
+def say(message: Message, language: str = "en") -> str:
+    """The sentence in a language, en or zh."""
+    values = {k: say(v, language) if isinstance(v, Message) else v for k, v in message.values.items()}
+    return (CHINESE[message.text] if language == "zh" else message.text).format(**values)
+
+
+def as_markdown(found: Comparison, language: str = "en") -> str:
+    """The whole comparison for readers, in a language, en or zh."""
+    a, b = found.runs
+    lines = [f"# {say(Message('Comparison of {a} and {b}', {'a': a, 'b': b}), language)}"]
+    for warning in found.warnings:
+        lines += ["", f"> **{word('Warning', language)}:** {say(warning, language)}"]
+    scenes = row_table(found, "Scene", [*found.scenes, found.overall], language)
+    lines += section(word("Scenes", language), [*scenes, "", *bullets(explanations(found), language)])
+    lines += section(word("Key findings", language), bullets(key_findings(found), language))
+    for group in found.groups:
+        title = say(Message("By {name}", {"name": word(group.name, language)}), language)
+        lines += section(title, row_table(found, group.name, group.rows, language))
+    lines += section(word("Classes, over all frames", language), class_table(found, language))
+    return "\n".join(lines) + "\n"
+
+
+def section(title: str, lines: Sequence[str]) -> list[str]:
+    """Lines under a heading."""
+    return ["", f"## {title}", "", *lines]
+
+
+def bullets(messages: Sequence[Message], language: str) -> list[str]:
+    """Lines of a list."""
+    return [f"- {say(message, language)}" for message in messages]
+
+
+def row_table(found: Comparison, title: str, rows: Sequence[Row], language: str) -> list[str]:
+    """Lines of a table with a row per set of frames; scenes are marked, Overall is not."""
+    marked = title == "Scene"
+    titles = [title, "Frames", *(f"{run} mIoU" for run in found.runs), "Difference", *["Mark"] * marked]
+    lines = [table_line(word(name, language) for name in titles), table_line(["---", *["---:"] * 4, *["---"] * marked])]
+    for row in rows:
+        frames = " / ".join(map(str, dict.fromkeys(row.frames)))  # one number where both have as many
+        cells = [word(row.name, language), frames, *map(score, row.miou), points(row.difference)]
+        if row is found.overall:
+            cells = [*(f"**{cell}**" for cell in cells), ""]
+        elif marked:
+            cells.append(ARROWS[found.mark(row)])
+        lines.append(table_line(cells))
+    return lines
+
+
+def class_table(found: Comparison, language: str) -> list[str]:
+    """Lines of the table of the classes' IoU."""
+    titles = [word("Class", language), *(f"{run} IoU" for run in found.runs), word("Difference", language)]
+    lines = [table_line(titles), table_line(["---", *["---:"] * 3])]
+    for name, (before, after) in zip(found.classes, found.overall.iou.T.tolist(), strict=True):
+        lines.append(table_line([name, score(before), score(after), points((after - before) * 100)]))
+    return lines
+
+
+def explanations(found: Comparison) -> list[Message]:
+    """How to read the table of scenes."""
+    (a, b), (before, after), (mean, deviation) = found.runs, found.scene_mean, found.spread
+    messages = [
+        Message("Differences are percentage points of unrounded values."),
+        Message("Overall is computed on the counts of all frames together."),
+    ]
+    if not found.same_frames:
+        values = {"a": a, "b": b, "frames_a": found.overall.frames[0], "frames_b": found.overall.frames[1]}
+        messages.append(Message("Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.", values))
+    values = {"a": score(before), "b": score(after), "diff": points((after - before) * 100)}
+    messages.append(Message(SCENE_MEAN, values))
+    values = {"mean": points(mean), "spread": points(deviation).lstrip("+")}
+    return [*messages, Message(MARKS, values), *found.notes]
+
+
+def key_findings(found: Comparison) -> list[Message]:
+    """What to remember of a comparison."""
+    before, after = (f"{100 * miou:.2f}" for miou in found.overall.miou)
+    values = {"before": before, "after": after, "diff": points(found.overall.difference)}
+    messages = [Message("Overall mIoU: {before} % → {after} % ({diff}).", values)]
+    better = [row for row in reversed(found.ranked) if row.difference > 0]
+    worse = [row for row in found.ranked if row.difference < 0]
+    values = {"b": found.runs[1], "better": len(better), "worse": len(worse), "total": len(found.ranked)}
+    messages.append(Message("{b} is better in {better} and worse in {worse} of {total} scenes.", values))
+    for text, rows in (("Largest gains: {scenes}.", better[:GAINS]), ("Largest loss: {scenes}.", worse[:1])):
+        if rows:
+            named = ", ".join(f"{row.name} ({points(row.difference)})" for row in rows)
+            messages.append(Message(text, {"scenes": named}))
+    for side, run in enumerate(found.runs):
+        worst = sorted(
+            (row for row in found.scenes if row.miou[side] == row.miou[side]), key=lambda row: row.miou[side]
+        )
+        named = ", ".join(f"{row.name} ({score(row.miou[side])})" for row in worst[:WORST])
+        messages.append(Message("Worst scenes of {run}: {scenes}.", {"run": run, "scenes": named}))
+    if found.interval is not None:
+        values = found.interval._asdict() | {"low": points(found.interval.low), "high": points(found.interval.high)}
+        messages.append(Message(INTERVAL, values))
+    return messages
+
+
+def as_csv(found: Comparison) -> str:
+    """A line per scene, group and whole, unrounded; empty cells where there is no value."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    classes = [f"iou_{side}_{name}" for side in "ab" for name in found.classes]
+    columns = ["part", "name", "frames_a", "frames_b", "miou_a", "miou_b", "diff_points", "mark", *classes, "warning"]
+    writer.writerow(columns)
+    warning = " ".join(say(message) for message in found.warnings)
+    parts = [("scene", row) for row in found.scenes] + [("overall", found.overall)]
+    parts += [(group.name, row) for group in found.groups for row in group.rows]
+    for part, row in parts:
+        numbers = [*row.miou, row.difference, found.mark(row) if part == "scene" else "", *row.iou.flatten().tolist()]
+        writer.writerow([part, row.name, *row.frames, *("" if n != n else n for n in numbers), warning])
+    before, after = found.scene_mean
+    means = ["" if value != value else value for value in (before, after, (after - before) * 100)]
+    writer.writerow(["scene_mean", "", "", "", *means, "", *[""] * len(classes), warning])
+    return text.getvalue()
+
+
+def as_json(found: Comparison) -> str:
+    """Everything, unrounded; null where there is no value."""
+    mean, deviation = found.spread
+    report = {
+        "runs": found.runs,
+        "protocols": found.protocols,
+        "classes": found.classes,
+        "warnings": [say(message) for message in found.warnings],
+        "notes": [say(message) for message in explanations(found)],
+        "key_findings": [say(message) for message in key_findings(found)],
+        "overall": plain_row(found, found.overall),
+        "overall_covers_same_frames": found.same_frames,
+        "scene_mean": list(map(or_none, found.scene_mean)),
+        "better": sum(row.difference > 0 for row in found.ranked),
+        "worse": sum(row.difference < 0 for row in found.ranked),
+        "difference_of_scenes": {"mean": or_none(mean), "standard_deviation": or_none(deviation)},
+        "bootstrap": found.interval and found.interval._asdict(),
+        "scenes": [plain_row(found, row) | {"mark": found.mark(row)} for row in found.scenes],
+        "groups": {group.name: [plain_row(found, row) for row in group.rows] for group in found.groups},
+    }
+    return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
+
+
+def plain_row(found: Comparison, row: Row) -> dict[str, Any]:
+    """A row as JSON holds it."""
+    iou = zip(found.classes, row.iou.T.tolist(), strict=True)
+    return {
+        "name": row.name,
+        "frames": row.frames,
+        "miou": list(map(or_none, row.miou)),
+        "diff_points": or_none(row.difference),
+        "iou": {name: list(map(or_none, both)) for name, both in iou},
+    }
+
+
+def word(name: str, language: str) -> str:
+    """A heading or the name of a group in a language; names of scenes and runs stay as they are."""
+    return CHINESE.get(name, name) if language == "zh" else name
+
+
+def score(value: float) -> str:
+    """As the published tables print it."""
+    return "N/A" if value != value else f"{value:.4f}"
+
+
+def points(value: float) -> str:
+    """Percentage points as the published tables print them."""
+    return "N/A" if value != value else f"{value:+.2f}%"
+
+
+def or_none(value: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if value != value else value

@@ -1,0 +1,191 @@
+"""What is trained on when, and the batches that it becomes."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data.frames import Frame, FrameDataset, PlainRows
+from .augment import TrainTransform, normalise
+
+# Samples that are planned at a time.
+PLAN_BLOCK = 2**16
+
+
+# One sample of the plan: a frame, the class that it was drawn for (-1: none), the seed of its augmentation.
+DRAW = np.dtype([("frame", np.int64), ("wanted", np.int64), ("seed", np.uint64)])
+
+
+@dataclass(frozen=True)
+class RareClassSampling:
+    """First a class, then a frame with enough of it (DAFormer, and the published recipe with temperature 100).
+
+    Class c is drawn with probability softmax((1 - f_c) / temperature), f_c its share of the labelled pixels, over the
+    classes that occur; then one of the frames with more than `min_pixels` of it. At 100 all classes are as likely as
+    each other to within 1 %; at DAFormer's 0.01 the rarest take almost all.
+    """
+
+    temperature: float = 100
+    min_pixels: int = 3000
+
+    def probabilities(self, class_pixels: np.ndarray) -> np.ndarray:
+        """class_pixels (R, K) -> (K,) float64, 0 for classes that do not occur."""
+        totals = class_pixels.sum(0)
+        if not totals.any():
+            raise ValueError("no pixel of the training frames is labelled; there is nothing to learn")
+        weights = np.exp((1 - totals / totals.sum()) / self.temperature - 1 / self.temperature) * (totals > 0)
+        return weights / weights.sum()
+
+
+class TrainPlan:
+    """Which frame every sample of a run shows; a pure function of (seed, sample).
+
+    class_pixels (R, K) int64, labelled pixels of every class in every frame; names: of the classes, for messages.
+    sampling: rare classes, or None: every epoch is a permutation of all frames.
+    Raises ValueError when a class occurs, but in no frame with more than `min_pixels` of it.
+    """
+
+    def __init__(
+        self, class_pixels: np.ndarray, seed: int, sampling: RareClassSampling | None, names: Sequence[str] = ()
+    ):
+        self.seed, self.sampling, self.num_frames = seed, sampling, len(class_pixels)
+        if sampling is None:
+            return
+        self.limits = sampling.probabilities(class_pixels).cumsum()
+        enough = class_pixels > sampling.min_pixels
+        self.counts = enough.sum(0)  # (K,) frames to choose from
+        lacking = np.flatnonzero((class_pixels.sum(0) > 0) & (self.counts == 0))
+        if len(lacking):
+            most = class_pixels[:, lacking[0]].max()
+            raise ValueError(
+                f"no frame has more than {sampling.min_pixels} pixels of {names[lacking[0]] if names else lacking[0]} "
+                f"(at most {most}), so it could not be drawn for this class; lower the minimum to {most - 1} or less, "
+                "or use another sampling"
+            )
+        self.members = np.nonzero(enough.T)[1]  # frames of class 0, of class 1, ...
+        self.starts = self.counts.cumsum() - self.counts
+
+    def draws(self, first: int, last: int) -> np.ndarray:
+        """Samples first ... last - 1: (last - first,) of type DRAW."""
+        # Philox is a function of (key, counter); a counter gives four words, which are one sample's.
+        words = np.random.Philox(key=self.seed, counter=first).random_raw(4 * (last - first)).reshape(-1, 4)
+        draws = np.empty(last - first, DRAW)
+        draws["seed"] = words[:, 2]
+        if self.sampling is None:
+            draws["frame"], draws["wanted"] = self._permuted(np.arange(first, last)), -1
+            return draws
+        uniform = (words[:, :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1)
+        wanted = np.minimum(np.searchsorted(self.limits, uniform[:, 0], "right"), np.flatnonzero(self.counts)[-1])
+        draws["frame"] = self.members[self.starts[wanted] + (uniform[:, 1] * self.counts[wanted]).astype(np.int64)]
+        draws["wanted"] = wanted
+        return draws
+
+    def _permuted(self, samples: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(samples, self.num_frames)
+        frames = np.empty_like(samples)
+        for epoch in np.unique(epochs):
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_frames)
+            frames[epochs == epoch] = order[places[epochs == epoch]]
+        return frames
+
+
+def planned_batches(
+    plan: TrainPlan, first_step: int, last_step: int, batch_size: int, parts: int = 1, process: int = 0,
+    processes: int = 1,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """The draws (batch_size,) of every batch that one process reads, for steps first_step ... last_step - 1.
+
+    A step consists of `parts` (accumulated) batches per process. Rows number all samples of a step, so two runs with
+    the same rows per step see the same samples, however these are divided among parts and processes.
+    """
+    rows = batch_size * parts * processes
+    block = max(PLAN_BLOCK // rows, 1)
+    for start in range(first_step, last_step, block):
+        draws = plan.draws(start * rows, min(start + block, last_step) * rows)
+        for number in range(process, len(draws) // batch_size, processes):
+            yield draws[number * batch_size : (number + 1) * batch_size]
+
+
+class TrainSamples(Dataset):
+    """Augmented frames by record of type DRAW."""
+
+    def __init__(self, frames: FrameDataset, transform: TrainTransform):
+        self.frames, self.transform = frames, transform
+
+    def __getitem__(self, draw: np.void) -> dict[str, Tensor | str]:
+        frame, wanted, seed = draw.item()
+        return augmented(self.frames[frame], self.transform, seed, wanted)
+
+
+def augmented(
+    frame: Frame, transform: TrainTransform, seed: int | list[int], wanted: int = -1
+) -> dict[str, Tensor | str]:
+    """The fields of a `Crop`, key and scene of a frame, its chance by `seed`."""
+    crop = transform(frame.image, frame.labels, np.random.default_rng(seed), wanted)
+    return {**crop._asdict(), "key": frame.key, "scene": frame.scene}
+
+
+def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[str, Tensor | list[str]]:
+    """Stacked `image` (B, h, w, 3) and `labels` (B, h, w) uint8, `size` (B, 2); lists `key` and `scene`.
+
+    mask_index (M, 2): image and class of every supervised mask. It is made here, on the CPU, because on a GPU its
+    data-dependent size would make the host wait for the device.
+    """
+    class_pixels = torch.from_numpy(np.stack([sample["class_pixels"] for sample in samples]))  # (B, 255)
+    return {
+        "image": torch.stack([sample["image"] for sample in samples]),
+        "labels": torch.stack([sample["labels"] for sample in samples]),
+        "size": torch.tensor([sample["size"] for sample in samples]),
+        "mask_index": class_pixels[:, :num_classes].nonzero(),
+        "key": [sample["key"] for sample in samples],
+        "scene": [sample["scene"] for sample in samples],
+    }
+
+
+def model_inputs(batch: dict[str, Tensor | list[str]], device: torch.device) -> dict[str, Tensor]:
+    """`pixel_values` (B, 3, h, w) float32, `labels` (B, h, w) int64 and `mask_index` of a batch, on the device."""
+    moved = {name: batch[name].to(device, non_blocking=True) for name in ("image", "size", "labels", "mask_index")}
+    return {
+        "pixel_values": normalise(moved["image"], moved["size"]),
+        "labels": moved["labels"].long(),
+        "mask_index": moved["mask_index"],
+    }
+
+
+def train_loader(samples: Dataset, batches: Iterable[Any], num_classes: int, workers: int) -> DataLoader:
+    """Loader over `planned_batches` or `plain_batches`.
+
+    It is already divided among processes: do not hand it to `Accelerator.prepare`, which would divide it once more.
+    """
+    return DataLoader(
+        samples, batch_sampler=batches, collate_fn=partial(collate, num_classes=num_classes), num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+class PlainSamples(Dataset):
+    """Augmented frames by (number, undecoded row): workers get the bytes, the main process alone reads the source."""
+
+    def __init__(self, source: PlainRows, transform: TrainTransform, seed: int):
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __getitem__(self, numbered: tuple[int, dict[str, Any]]) -> dict[str, Tensor | str]:
+        number, row = numbered
+        return augmented(self.source.frame(row, number), self.transform, [self.seed, number])
+
+
+def plain_batches(
+    source: PlainRows, seed: int, first_batch: int, last_batch: int, batch_size: int, process: int = 0,
+    processes: int = 1,
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:  # fmt: skip
+    """Batches first_batch ... last_batch - 1 of one process: numbered rows, numbers unlike those of other processes."""
+    rows = islice(source.rows(process, processes, seed), first_batch * batch_size, last_batch * batch_size)
+    numbered = ((process + processes * i, row) for i, row in enumerate(rows, first_batch * batch_size))
+    while batch := list(islice(numbered, batch_size)):
+        yield batch

@@ -1,0 +1,101 @@
+"""Checkpoints of a training run: whole or absent, safetensors and JSON only, exact to the bit.
+
+    step_0000400/weights.safetensors    the model as it is trained
+    step_0000400/average.safetensors    averaged weights, with --ema
+    step_0000400/optimizer.safetensors  both moments of every parameter
+    step_0000400/state.json             step, parameter groups, scale of half-precision gradients
+
+No state of a random generator is in it: every draw derives from the seed and the step.
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..data.files import written_whole
+
+# Whole tensors on the CPU of the first process, whether or not the model is sharded over processes.
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model that is sharded over processes, whole in every process; every process must call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Weights and optimiser state by parameter name; every process must call it, others than the first get nothing."""
+    weights = get_model_state_dict(model, options=_WHOLE)
+    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    if not weights:
+        return {}
+    moments = {f"{name}|{kind}": value for name, values in state["state"].items() for kind, value in values.items()}
+    return {"weights": weights, "moments": moments, "groups": state["param_groups"]}
+
+
+def write_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], average: dict[str, Tensor] | None, extra: dict[str, Any], keep: int
+) -> Path:
+    """Writes folder/step_<step> and deletes all but the newest `keep` of its kind; returns the new one.
+
+    state: of `training_state`; average: averaged weights, if any; extra: what state.json holds besides.
+    Raises OSError when the disk is full, and leaves what was there before.
+    """
+    target = folder / f"step_{step:07d}"
+    with written_whole(target) as temporary:
+        save_file(_own_memory(state["weights"]), temporary / "weights.safetensors")
+        save_file(_own_memory(state["moments"]), temporary / "optimizer.safetensors")
+        if average is not None:
+            save_file(_own_memory(average), temporary / "average.safetensors")
+        content = {"step": step, "groups": state["groups"], **extra}
+        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share no memory, as safetensors wants them."""
+    return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Loads weights and optimiser state; returns the content of state.json.
+
+    Raises ValueError, and changes nothing, when it is the checkpoint of another model.
+    """
+    weights = load_file(path / "weights.safetensors")
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name.removeprefix("module."): shape for name, shape in expected.items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    if expected != found:
+        names = sorted(name for name in expected | found if expected.get(name) != found.get(name))
+        raise ValueError(
+            f"{path} is the checkpoint of another model: {len(names)} weights differ, the first is {names[0]} "
+            f"({found.get(names[0])} there, {expected.get(names[0])} here); use that run's options or another --out"
+        )
+    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    set_model_state_dict(model, weights, options=_WHOLE)
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        name, kind = key.split("|")
+        state.setdefault(name, {})[kind] = value
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": content["groups"]}, options=_WHOLE)
+    return content

@@ -1,0 +1,102 @@
+"""What surrounds the training loop: losses on their way to the log, SIGTERM, trackers, the plan of a dry run."""
+
+import argparse
+import json
+import math
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..data.files import write_whole
+
+
+class RecentLosses:
+    """Losses by name since the last report, left on the device, so that no step waits for their values."""
+
+    def __init__(self):
+        self.rows: list[tuple[int, list[str], Tensor]] = []
+        self.names: list[str] = []
+
+    def add(self, step: int, keys: list[str], losses: dict[str, Tensor]) -> None:
+        """Remembers the scalars of one batch, and which images it was made of."""
+        self.names = list(losses)
+        self.rows.append((step, keys, torch.stack(list(losses.values())).detach()))
+
+    def means(self, accelerator: Accelerator, out: Path) -> dict[str, float]:
+        """Means over batches and processes since the last call, of every loss and of their sum "loss".
+
+        Raises FloatingPointError naming step and images of the first batch with a loss that is not finite, and writes
+        them to out/not_finite.json.
+        """
+        values = torch.stack([row for _, _, row in self.rows])  # (batches, losses)
+        for (step, keys, _), row in zip(self.rows, values.tolist(), strict=True):
+            broken = [name for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)]
+            if broken:
+                content = {"step": step, "losses": dict(zip(self.names, map(str, row), strict=True)), "images": keys}
+                write_whole(out / "not_finite.json", (json.dumps(content, indent=1) + "\n").encode())
+                raise FloatingPointError(
+                    f"{', '.join(broken)} not finite at step {step}, images {', '.join(keys)} (see "
+                    f"{out / 'not_finite.json'}); look at these images and their labels, lower --lr, set --clip-norm, "
+                    "or use --mixed-precision no. Nothing was saved since"
+                )
+        self.rows.clear()
+        means = accelerator.reduce(values.mean(0), "mean").tolist()
+        return {"loss": sum(means), **dict(zip(self.names, means, strict=True))}
+
+
+class StopSignal:
+    """Whether SIGTERM has come, as schedulers send it before they take a machine away."""
+
+    def __init__(self):
+        self.came = False
+
+    def __enter__(self) -> "StopSignal":
+        self.before = signal.signal(signal.SIGTERM, self._remember)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _remember(self, *_: object) -> None:
+        self.came = True
+
+    def agreed(self, accelerator: Accelerator, waits_anyway: bool) -> bool:
+        """Whether all processes shall stop; several ask each other only where they wait for each other anyway."""
+        if accelerator.num_processes == 1:
+            return self.came
+        if not waits_anyway:
+            return False
+        return bool(accelerator.reduce(torch.tensor(float(self.came), device=accelerator.device)) > 0)
+
+
+class Log:
+    """log.jsonl and the tracker, written by the first process."""
+
+    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, first_step: int):
+        self.accelerator, self.path = accelerator, Path(args.out) / "log.jsonl"
+        if accelerator.is_main_process:
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # the rest is done again
+            write_whole(self.path, "".join(kept).encode())
+        simple = {
+            name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
+        }
+        accelerator.init_trackers("tqdm", config=simple)
+
+    def write(self, step: int, **values: float) -> None:
+        """One line."""
+        self.accelerator.log(values, step=step)
+        if self.accelerator.is_main_process:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def pictures(self, step: int, drawn: dict[str, np.ndarray]) -> None:
+        """Pictures (H, W, 3) by name, to trackers that show some."""
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({name: picture[None] for name, picture in drawn.items()}, step, **layout)
