@@ -35,7 +35,7 @@ from tqdm_seg.data.files import write_whole, written_whole
 from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
 from tqdm_seg.data.shards import refuse_mixed_labels
 from tqdm_seg.deploy.folder import push_folder, save_model_folder
-from tqdm_seg.evaluation.evaluate import evaluate
+from tqdm_seg.evaluation.evaluate import score_frames
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.loss_tqdm import LossCounts, count_losses
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -223,7 +223,7 @@ class Reporter:
         self.net = unsharded(self.accelerator, self.trained)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         frames = frame_loader(self.validation, self.args.workers, process, processes)
-        return evaluate(self.net, self.processor, frames, self.validation.label_map, self.accelerator)
+        return score_frames(self.net, self.processor, frames, self.validation.label_map, self.accelerator)
 
     def write_model(self, folder: Path, results: dict[str, object]) -> None:
         """Model folder with its card and results.json."""

@@ -27,7 +27,7 @@ from tqdm_seg.data.shards import read_manifest
 from tqdm_seg.evaluation import evaluate as evaluate_tqdm
 from tqdm_seg.evaluation import metrics as metrics_tqdm
 from tqdm_seg.evaluation.counts import read_table
-from tqdm_seg.evaluation.evaluate import evaluate, main, predict_frame
+from tqdm_seg.evaluation.evaluate import main, predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
 from tqdm_seg.evaluation.partial_counts import append_batch, new_part, read_scored
 from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Inference, model_inference, predict
@@ -176,7 +176,9 @@ def test_the_training_program_gets_the_same_figures(model, data, finished):
         FrameDataset(str(data), "validation"),
     )
     net, processor = load(model).train(), TqdmImageProcessor.from_pretrained(model)
-    found = json.loads(json.dumps(evaluate(net, processor, frame_loader(frames, 0), frames.label_map, Accelerator())))
+    found = json.loads(
+        json.dumps(score_frames(net, processor, frame_loader(frames, 0), frames.label_map, Accelerator()))
+    )
     assert net.training and found["protocol"] == {k: v for k, v in results["protocol"].items() if k != "data"}
     assert {name: value for name, value in results.items() if name in found and name != "protocol"} == {
         name: value for name, value in found.items() if name != "protocol"

@@ -25,7 +25,7 @@ from shard_helpers import program as prepare
 
 from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
 from tqdm_seg.deploy.folder import save_model_folder
-from tqdm_seg.evaluation.evaluate import evaluate
+from tqdm_seg.evaluation.evaluate import score_frames
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.train import parse_args
 from tqdm_seg.training.card import changed_options, hub_name, model_card, overlap_text
@@ -246,7 +246,7 @@ def measured() -> tuple[object, dict[str, object], FrameDataset, FrameDataset]:
     frames = islice(frame_loader(validation, 0), 2)
     return (
         model,
-        evaluate(model, TqdmImageProcessor(), frames, validation.label_map, Accelerator()),
+        score_frames(model, TqdmImageProcessor(), frames, validation.label_map, Accelerator()),
         training,
         validation,
     )

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
 from tqdm_seg.data.frames import FrameDataset, frame_loader
-from tqdm_seg.evaluation.evaluate import evaluate, predict_frame
+from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, mean_iou
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.train import main, parse_args
@@ -475,7 +475,7 @@ def test_evaluation_pools_counts_and_leaves_the_model_as_it_was(data):
     model = micro_model(id2label=dict(enumerate(CLASSES)), context_decoder_dropout=0.5).train()
     frames = FrameDataset(str(data), "validation")
     processor, accelerator = TqdmImageProcessor(), program.Accelerator()
-    results = [evaluate(model, processor, frame_loader(frames, 0), frames.label_map, accelerator) for _ in range(2)]
+    results = [score_frames(model, processor, frame_loader(frames, 0), frames.label_map, accelerator) for _ in range(2)]
     assert model.training and results[0] == results[1]  # dropout was off
     model.eval()
     matrix = 0

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from tqdm_seg.data.files import run, write_whole
 from tqdm_seg.data.frames import FrameDataset, frame_loader
-from tqdm_seg.evaluation.evaluate import evaluate
+from tqdm_seg.evaluation.evaluate import score_frames
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.train import main as train
@@ -56,7 +56,7 @@ def score_unseen(model_folder: Path, frames: FrameDataset) -> float:
     processor = TqdmImageProcessor.from_pretrained(model_folder)
     processor.do_resize, processor.size = True, {"shortest_edge": 224, "longest_edge": 448}
     cpu = Accelerator(cpu=not torch.accelerator.is_available())
-    return evaluate(model.to(cpu.device), processor, frame_loader(frames, 0), frames.label_map, cpu)["miou"]
+    return score_frames(model.to(cpu.device), processor, frame_loader(frames, 0), frames.label_map, cpu)["miou"]
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:

@@ -71,7 +71,7 @@ def predict_frame(
     return ids.long(), tuple(views[0].shape[-2:])
 
 
-def evaluate(
+def score_frames(
     model: TqdmForSemanticSegmentation,
     processor: TqdmImageProcessor,
     frames: Iterable[Frame],
