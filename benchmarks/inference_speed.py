@@ -47,7 +47,7 @@ from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.deploy.export import OPSET, OnnxSegmenter, WindowModel, export_onnx, parse_size
-from tqdm_seg.deploy.speed import prepare
+from tqdm_seg.deploy.speed import DTYPES, ready_to_predict
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 BASELINES = ["published-order", "mask2former-swin-b"]
@@ -55,9 +55,9 @@ BASELINES = ["published-order", "mask2former-swin-b"]
 
 @dataclass(frozen=True)
 class Mode:
-    """How our model is run, with `prepare` of modes_tqdm. windows: False for whole images."""
+    """How our model is run, with `ready_to_predict`. windows: False for whole images."""
 
-    precision: str = "float32"
+    precision: str = "fp32"
     compiled: bool = False
     windows: bool = True
     overlap: bool = True
@@ -66,13 +66,13 @@ class Mode:
 OURS = {
     "ours-exact": Mode(),
     "ours-compiled": Mode(compiled=True),
-    "ours-bf16": Mode("bfloat16"),
-    "ours-compiled-bf16": Mode("bfloat16", compiled=True),
+    "ours-bf16": Mode("bf16"),
+    "ours-compiled-bf16": Mode("bf16", compiled=True),
     "ours-int8": Mode("int8"),
     "ours-no-overlap": Mode(overlap=False),
-    "ours-no-overlap-bf16": Mode("bfloat16", overlap=False),
+    "ours-no-overlap-bf16": Mode("bf16", overlap=False),
     "ours-whole-image": Mode(windows=False),
-    "ours-whole-image-bf16": Mode("bfloat16", windows=False),
+    "ours-whole-image-bf16": Mode("bf16", windows=False),
 }
 
 
@@ -105,7 +105,7 @@ def build_plain(preset: str, size: tuple[int, int], device: torch.device) -> Wor
 
 def prepared_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSemanticSegmentation:
     """Our model in one of its modes."""
-    model = prepare(random_model(preset, device), mode.precision, mode.compiled)
+    model = ready_to_predict(random_model(preset, device), mode.precision, mode.compiled)
     if not mode.overlap:
         model.config.window_stride = model.config.window_size
     if not mode.windows:
@@ -115,7 +115,7 @@ def prepared_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSema
 
 def eager_float32(preset: str, mode: Mode, device: torch.device) -> Callable[[Tensor], Tensor]:
     """What a mode computes as the counter of operations can see it."""
-    return prepared_model(preset, replace(mode, precision="float32", compiled=False), device).segment_labels
+    return prepared_model(preset, replace(mode, precision="fp32", compiled=False), device).segment_labels
 
 
 def build_ours(preset: str, size: tuple[int, int], mode: Mode, device: torch.device) -> Work:
@@ -125,7 +125,7 @@ def build_ours(preset: str, size: tuple[int, int], mode: Mode, device: torch.dev
     return Work(
         call=model.segment_labels,
         inputs=partial(random_image, size, device),
-        dtype=getattr(torch, mode.precision),
+        dtype=DTYPES[mode.precision],
         numbers=model.segment,
         counted=partial(eager_float32, preset, mode, device) if mode.compiled or quantised else None,
         notes="only the vision tower is in 8 bits; utilisation is of 8-bit products all the same" if quantised else "",

@@ -27,7 +27,7 @@ from tqdm_seg.data.files import write_whole
 from tqdm_seg.data.frames import FrameDataset
 from tqdm_seg.data.label_maps import IGNORE_INDEX
 from tqdm_seg.deploy.folder import load_model
-from tqdm_seg.deploy.speed import prepare
+from tqdm_seg.deploy.speed import ready_to_predict
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
 from tqdm_seg.evaluation.protocol import Inference, predict
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -40,21 +40,21 @@ PICTURES = ("examples/frames/validation/*/image_data/*.png", "examples/comma10k/
 
 def without_overlap(model: TqdmForSemanticSegmentation) -> None:
     """Windows side by side: the stride becomes the window."""
-    prepare(model)
+    ready_to_predict(model)
     model.config.window_stride = model.config.window_size
 
 
 def whole_images(model: TqdmForSemanticSegmentation) -> None:
     """No windows."""
-    prepare(model)
+    ready_to_predict(model)
     model.config.window_size = None
 
 
 MODES: dict[str, Change] = {
     "float32, as loaded": lambda model: None,
-    "float32, texts stored, layers folded": prepare,
-    "bfloat16": lambda model: prepare(model, "bfloat16"),
-    "int8 (vision tower)": lambda model: prepare(model, "int8"),
+    "float32, texts stored, layers folded": ready_to_predict,
+    "bfloat16": lambda model: ready_to_predict(model, "bf16"),
+    "int8 (vision tower)": lambda model: ready_to_predict(model, "int8"),
     "windows without overlap": without_overlap,
     "whole images": whole_images,
 }

@@ -110,7 +110,7 @@ def test_predict_makes_the_same_maps_with_either_backend(made, photo, tmp_path, 
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
-        (2, ["--backend", "onnxruntime", "--dtype", "bfloat16"], "an export computes in float32"),
+        (2, ["--backend", "onnxruntime", "--dtype", "bf16"], "an export computes in float32"),
         (2, ["--backend", "onnxruntime", "--compile"], "an export computes in float32"),
         (2, ["--backend", "onnxruntime", "--device", "mps"], "cpu or cuda here, not on mps"),
         (2, [], "was made by export_tqdm.py; add --backend onnxruntime"),

@@ -12,7 +12,7 @@ import torch
 from conftest import micro_model
 
 from tqdm_seg.deploy.folder import save_model_folder
-from tqdm_seg.deploy.speed import prepare, use_huge_pages
+from tqdm_seg.deploy.speed import ready_to_predict, use_huge_pages
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -23,8 +23,8 @@ import mode_changes
 @torch.no_grad()
 def test_float32_is_the_same_and_bfloat16_is_close(images):
     plain = micro_model().segment(images)
-    torch.testing.assert_close(prepare(micro_model()).segment(images), plain, rtol=0, atol=1e-5)
-    halved = prepare(micro_model(), "bfloat16")
+    torch.testing.assert_close(ready_to_predict(micro_model()).segment(images), plain, rtol=0, atol=1e-5)
+    halved = ready_to_predict(micro_model(), "bf16")
     assert {p.dtype for p in halved.parameters()} == {torch.bfloat16}
     scores = halved.segment(images.bfloat16())
     assert scores.dtype == torch.float32 and 1e-4 < (scores - plain).abs().max() < 0.3
@@ -36,7 +36,7 @@ def test_windows_are_compiled_once_and_the_same(images, monkeypatch):
     large = images.repeat(1, 1, 2, 2)
     plain = micro_model().segment(large)
     torch.compiler.reset()
-    model = prepare(micro_model(), compiled=True)
+    model = ready_to_predict(micro_model(), compiled=True)
     torch.testing.assert_close(model.segment(large), plain, rtol=0, atol=1e-5)
     with torch.compiler.set_stance("fail_on_recompile"):
         torch.testing.assert_close(
@@ -48,23 +48,23 @@ def test_windows_are_compiled_once_and_the_same(images, monkeypatch):
 @torch.no_grad()
 def test_int8_holds_the_tower_in_bytes_and_is_close(images):
     plain = micro_model().segment(images)
-    model = prepare(micro_model(), "int8")
+    model = ready_to_predict(micro_model(), "int8")
     assert "Int8" in repr(model.model.vision_tower.blocks[0].ffn.fc1.weight)
     assert model.model.pixel_decoder.layers[0].ffn.fc1.weight.dtype == torch.float32
     assert 1e-5 < (model.segment(images) - plain).abs().max() < 0.3
 
 
 def test_what_cannot_be_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="'int4' is none of float32, bfloat16, float16, int8"):
-        prepare(micro_model(), "int4")
-    with pytest.raises(ValueError, match="int8 is for CPUs"):
-        prepare(micro_model().to("meta"), "int8")
+    with pytest.raises(ValueError, match="'int4'.*fp32, tf32, bf16, fp16, int8"):
+        ready_to_predict(micro_model(), "int4")
+    with pytest.raises(ValueError, match="int8 runs on CPUs"):
+        ready_to_predict(micro_model().to("meta"), "int8")
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == "torchao" else find(name, *rest)
     )
     with pytest.raises(ImportError, match="pip install torchao"):
-        prepare(micro_model(), "int8")
+        ready_to_predict(micro_model(), "int8")
 
 
 def test_the_table_of_changes_tells_a_mode_from_none(tmp_path, monkeypatch):

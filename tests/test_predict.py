@@ -84,7 +84,7 @@ def test_ids_and_areas_are_the_argmax_of_segment(model, folder, photo):
         name: int((expected == index).sum()) for index, name in CLASSES.items()
     }
     assert sum(area["share"] for area in entry["areas"].values()) == pytest.approx(1, abs=1e-5)
-    assert report["protocol"].items() >= {"window": 32, "stride": 20, "dtype": "float32", "device": "cpu"}.items()
+    assert report["protocol"].items() >= {"window": 32, "stride": 20, "dtype": "fp32", "device": "cpu"}.items()
 
 
 def test_overlay_mixes_image_and_class_colours_half_and_half(folder, photo):
@@ -162,8 +162,8 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_results(folder, 
 
 
 def test_half_precision_runs(folder, photo):
-    status, out = run(folder, photo, "--dtype", "bfloat16")
-    assert status == 0 and json.loads((out / "areas.json").read_text())["protocol"]["dtype"] == "bfloat16"
+    status, out = run(folder, photo, "--dtype", "bf16")
+    assert status == 0 and json.loads((out / "areas.json").read_text())["protocol"]["dtype"] == "bf16"
 
 
 # ---- what goes wrong

@@ -35,7 +35,7 @@ from tqdm_seg.windows_tqdm import Segmenter
 
 from ..data.files import run, written_whole
 from .folder import load_model, model_folder
-from .speed import prepare
+from .speed import ready_to_predict
 
 INPUT, OUTPUT = "pixel_values", "scores"
 OPSET = 20  # the first that has GELU as one operator; onnxruntime reads it since 1.17
@@ -141,7 +141,7 @@ def export_model(
     inputs = check_inputs(processor, size, config.vision_config.patch_size, picture) if picture else {}
     with torch.inference_mode():
         expected = {name: model.score(x) for name, x in inputs.items()}
-    window, example, checks = WindowModel(prepare(model)), torch.zeros(2, 3, *size), {}
+    window, example, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
     with written_whole(out) as temporary:
         config.to_json_file(temporary / "config.json")

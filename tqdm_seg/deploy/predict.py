@@ -35,7 +35,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 
 from ..data.palette import legend, tinted
 from .export import OnnxSegmenter
-from .speed import PRECISIONS, prepare, use_huge_pages
+from .speed import PRECISIONS, ready_to_predict, use_huge_pages
 
 if TYPE_CHECKING:
     import av
@@ -66,7 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--window-batch", type=int, metavar="N", help="windows at once, few save memory (default: the model's)")
     add("--flip", action="store_true", help="average with the prediction for the mirrored image, in twice the time")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto (default): a GPU if any")
-    add("--dtype", choices=PRECISIONS, default="float32", help="int8: on CPUs, with torchao (default %(default)s)")
+    add("--dtype", choices=PRECISIONS, default="fp32", help="int8: on CPUs, with torchao (default %(default)s)")
     add("--compile", action="store_true", help="torch.compile: minutes for the first image, then faster")
     add("--backend", choices=["torch", "onnxruntime"], default="torch", help="onnxruntime: for exports (default torch)")
     return parser
@@ -143,7 +143,7 @@ class Predictor:
     classes: dict[int, str]
     size: dict[str, int] | None = None
     flip: bool = False
-    dtype: str = "float32"
+    dtype: str = "fp32"
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Class ids (H, W) uint8 of an RGB image, at its own size."""
@@ -282,13 +282,13 @@ def open_model(args: argparse.Namespace) -> Predictor:
         raise ValueError(f"{args.model} is a model of type {model.config.model_type}, not tqdm")
     set_windows(model, args.window, args.stride, args.window_batch)
     classes = choose_classes(model, args.classes)
-    prepare(model.to(device), args.dtype, args.compile)
+    ready_to_predict(model.to(device), args.dtype, args.compile)
     return Predictor(model, processor, classes, args.size, args.flip, args.dtype)
 
 
 def open_export(args: argparse.Namespace) -> Predictor:
     """The exported folder of the command line; raises ValueError for what belongs to torch."""
-    if args.dtype != "float32" or args.compile:
+    if args.dtype != "fp32" or args.compile:
         raise ValueError("--dtype and --compile are for --backend torch, an export computes in float32; leave them out")
     model = OnnxSegmenter(args.model, "cpu" if args.device == "auto" else args.device)
     set_windows(model, args.window, args.stride, args.window_batch)

@@ -1,6 +1,14 @@
-"""Ways to predict faster than in float32, each at a price: `python benchmarks/mode_changes.py` measures it.
+"""A model made ready to predict, in five number formats.
 
-Without a price come `freeze_text()` and `fuse_for_inference()`, which `prepare` calls first.
+    model = ready_to_predict(model, "bf16")
+
+fp32    exact: only rounding differs from the plain model (1e-4 of a score)
+tf32    float32 weights, products and convolutions in TF32: NVIDIA GPUs
+bf16    weights and activations in bfloat16
+fp16    weights and activations in float16: GPUs
+int8    the vision tower's products in 8 bits (torchao), all else in float32: CPUs
+
+`python benchmarks/mode_changes.py` measures what each of them changes.
 """
 
 import importlib.util
@@ -11,38 +19,55 @@ from torch import nn
 
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-PRECISIONS = ("float32", "bfloat16", "float16", "int8")
+DTYPES = {
+    "fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.float32,
+}  # fmt: skip
+PRECISIONS = tuple(DTYPES)
 
 
 def use_huge_pages() -> None:
-    """Lets torch ask Linux for huge pages, which made float32 2 to 9 % faster on a CPU; before the first tensor.
+    """Lets torch ask Linux for huge pages, which made float32 2 to 9 % faster on a CPU. Call it before torch allocates.
 
-    It is torch's own switch, an environment variable; one that is set already stays as it is.
+    It is torch's own switch, an environment variable; a value that is already set stays.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
-def prepare(
-    model: TqdmForSemanticSegmentation, precision: str = "float32", compiled: bool = False
-) -> TqdmForSemanticSegmentation:
-    """The model, in eval mode, as fast as it goes, in place: texts stored, layers folded, weights in `precision`.
+def set_float32_arithmetic(precision: str) -> None:
+    """Allows TF32 in float32 products and convolutions of NVIDIA GPUs for "tf32", and forbids it for all others.
 
-    It can predict, and nothing else any more. "int8": products of the vision tower in 8 bits, one scale for every row
-    of weights and every token (torchao), on CPUs; all else in float32. compiled: torch.compile for the windows, which
-    takes a minute or two at the first one, and again for windows of another size. Raises ImportError without torchao,
-    ValueError for other names, and for int8 elsewhere than on a CPU.
+    TF32 rounds factors to 10 bits. Torch's own default forbids it in products and allows it in convolutions.
     """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def ready_to_predict(
+    model: TqdmForSemanticSegmentation, precision: str = "fp32", compiled: bool = False
+) -> TqdmForSemanticSegmentation:
+    """Makes the model fast, in place, and returns it: eval mode, fast layers, weights in `precision`.
+
+    Afterwards it can only predict. compiled: torch.compile for the windows, which takes a minute or two at the first
+    one, and again for windows of another size.
+    Raises ValueError for an unknown precision and one that the model's device does not have, ImportError for int8
+    without torchao.
+    """
+    device = model.device.type
     if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
-    if precision == "int8" and model.device.type != "cpu":
-        raise ValueError(f"int8 is for CPUs and the model is on {model.device}; choose bfloat16, which is faster there")
+        raise ValueError(f"unknown precision {precision!r}; choose one of {', '.join(PRECISIONS)}")
+    if precision == "int8" and device != "cpu":
+        raise ValueError(
+            f"int8 runs on CPUs only and the model is on {model.device}; choose bf16, which is faster there"
+        )
+    if precision == "tf32" and device != "cuda":
+        raise ValueError(f"tf32 runs on NVIDIA GPUs only and the model is on {model.device}; choose fp32")
+    set_float32_arithmetic(precision)
     model.eval()
     model.freeze_text()
     model.fuse_for_inference()
     if precision == "int8":
         _quantise(model.model.vision_tower.blocks)
-    else:
-        model.to(getattr(torch, precision))
+    model.to(DTYPES[precision])
     if compiled:
         model.score = torch.compile(model.score)
     return model
@@ -50,7 +75,7 @@ def prepare(
 
 def _quantise(blocks: nn.ModuleList) -> None:
     if importlib.util.find_spec("torchao") is None:
-        raise ImportError("int8 needs the torchao package: pip install torchao, or choose bfloat16")
+        raise ImportError("int8 needs the torchao package: pip install torchao, or choose bf16")
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     quantize_(blocks, Int8DynamicActivationInt8WeightConfig(), lambda module, _: isinstance(module, nn.Linear))

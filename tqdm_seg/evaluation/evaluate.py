@@ -41,7 +41,7 @@ from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
 from ..deploy.folder import identity, load_model, model_folder
 from ..deploy.predict import set_windows
-from ..deploy.speed import prepare, use_huge_pages
+from ..deploy.speed import ready_to_predict, use_huge_pages
 from .counts import FrameTable, read_table, write_table
 from .figures import closing_lines, group_csv, mean_results, set_lines, set_results
 from .groups import flattened, read_attributes
@@ -321,7 +321,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         write_whole(out / "plan.json", (json.dumps(job.plan, indent=2) + "\n").encode())
     job.model.to(accelerator.device)
     if args.precision.startswith("fast-"):
-        prepare(job.model, args.precision.removeprefix("fast-"))
+        precision = args.precision.removeprefix("fast-")
+        ready_to_predict(job.model, {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision))
     else:
         job.model.freeze_text()
 

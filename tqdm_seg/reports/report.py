@@ -27,7 +27,7 @@ from ..data.files import run, write_whole
 from ..data.frames import FrameDataset
 from ..deploy.folder import identity, load_model, model_folder
 from ..deploy.predict import set_windows
-from ..deploy.speed import prepare
+from ..deploy.speed import ready_to_predict
 from ..evaluation.counts import FrameTable, read_table
 from ..evaluation.metrics import class_iou
 from ..evaluation.protocol import Inference
@@ -99,7 +99,8 @@ def open_model(name: str, results: dict[str, Any]) -> tuple[TqdmForSemanticSegme
     model.to(device)
     precision = next(iter(results["sets"].values()))["protocol"]["precision"]  # all sets of an evaluation have one
     if precision.startswith("fast-"):
-        prepare(model, precision.removeprefix("fast-"))
+        precision = precision.removeprefix("fast-")
+        ready_to_predict(model, {"float32": "fp32", "bfloat16": "bf16"}.get(precision, precision))
     return model, processor
 
 
