@@ -11,9 +11,9 @@ operation that makes the host wait for the device. Writes training_PRESET_SIZE_D
 published-order        the published order of work, see published_training.py
 published-anomaly      the same under autograd's anomaly detection, which the published training switches on (--anomaly)
 ours-exact             `train.py`
-ours-bf16              `train.py --mixed-precision bf16`
-ours-bf16-reference    `train.py --mixed-precision bf16 --reference-dtype bf16`
-ours-channels-last     `train.py --channels-last --mixed-precision bf16`
+ours-bf16              `train.py --precision bf16`
+ours-bf16-reference    `train.py --precision bf16 --teacher-precision bf16`
+ours-channels-last     `train.py --channels-last --precision bf16`
 ours-checkpointing     `train.py --gradient-checkpointing`, in --precision
 ours-compiled          `train.py --compile BACKEND`, in --precision (with --compile)
 """
@@ -54,8 +54,7 @@ from tqdm_seg.loss_tqdm import choose_points, supervised_masks
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.train import batch_counts
 from tqdm_seg.training.optimisation import gradient_norm, parameter_groups, step_counts
-from tqdm_seg.training.options import REFERENCE_DTYPES
-from tqdm_seg.training.teacher import FrozenReference
+from tqdm_seg.training.teacher import TEACHER_DTYPES, Teacher
 
 CLASSES = 19
 ALONE = "one contender after the other"
@@ -82,7 +81,7 @@ class Mode:
     """How our step is made. compiled: the backend of torch.compile, if any."""
 
     dtype: torch.dtype = torch.float32
-    reference_dtype: str = "float32"
+    reference_dtype: str = "fp32"
     checkpointing: bool = False
     channels_last: bool = False
     compiled: str | None = None
@@ -199,7 +198,7 @@ def save_numbers(path: Path, model: TqdmForSemanticSegmentation, terms: dict[str
 def build_ours(name: str, setting: Setting, mode: Mode, device: torch.device) -> Work:
     """Our step in one of its modes."""
     model = random_model(setting.preset, device)
-    reference = FrozenReference(model, dtype=REFERENCE_DTYPES[mode.reference_dtype])
+    reference = Teacher(model, dtype=TEACHER_DTYPES[mode.reference_dtype])
     if mode.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if mode.checkpointing:

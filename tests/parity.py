@@ -26,7 +26,7 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.decoder_tqdm import cell_centres, sine_positions
 from tqdm_seg.deploy.convert import convert_published
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, semantic_scores
-from tqdm_seg.training.teacher import FrozenReference
+from tqdm_seg.training.teacher import Teacher
 
 PACKS = Path(__file__).parent / "packs"
 FEATURE, LOGIT = 1e-4, 5e-4  # largest absolute difference
@@ -108,7 +108,7 @@ class Pack:
         model.load_state_dict(convert_published(self.state))
         return model.eval()
 
-    def reference(self) -> dict[str, Tensor] | FrozenReference:
+    def reference(self) -> dict[str, Tensor] | Teacher:
         """The frozen reference with the pack's own `reg_E0` weights, which differ from the backbone's."""
         state = dict(self.state)
         for key in self.state:
@@ -116,7 +116,7 @@ class Pack:
                 state[key.replace("reg_E0.", "backbone.", 1)] = self.state[key]
         model = TqdmForSemanticSegmentation(pack_config(self.pack))
         model.load_state_dict(convert_published(state))
-        return FrozenReference(model)
+        return Teacher(model)
 
     @cached_property
     def destinations(self) -> dict[str, dict[str, Tensor]]:

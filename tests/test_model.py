@@ -14,7 +14,7 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.layers_tqdm import FeedForward
 from tqdm_seg.loss_tqdm import supervised_masks
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.training.teacher import FrozenReference
+from tqdm_seg.training.teacher import Teacher
 from tqdm_seg.windows_tqdm import window_corners
 
 
@@ -35,7 +35,7 @@ def step(model, images, labels, **kwargs):
 
 
 def test_outputs_have_the_documented_shapes(model, images, labels):
-    outputs = model(images, labels=labels, **FrozenReference(model)(images))
+    outputs = model(images, labels=labels, **Teacher(model)(images))
     assert outputs.logits.shape == (2, 3, 32, 32) and outputs.class_logits.shape == (2, 3, 3, 4)
     assert outputs.mask_logits.shape == (2, 3, 3, 16, 16) and outputs.score_map.shape == (2, 3, 4, 4)
     assert outputs.text_embeddings.shape == (2, 3, 16) and outputs.image_embedding.shape == (2, 16)
@@ -163,7 +163,7 @@ def test_mask_index_from_the_loader_changes_nothing(model, images, labels):
 
 def test_the_reference_stays_in_eval_mode_unless_asked(images):
     model = micro_model(vision_config={"drop_path_rate": 0.9}).train()
-    steady, drifting = FrozenReference(model), FrozenReference(model, follow_train_mode=True)
+    steady, drifting = Teacher(model), Teacher(model, drop_path=True)
     key = "reference_image_embedding"
     for reference in (steady, drifting):
         reference.train()
@@ -175,7 +175,7 @@ def test_the_reference_stays_in_eval_mode_unless_asked(images):
 
 
 def test_the_reference_sees_the_same_as_the_tower_and_stays_behind(model, images, labels):
-    reference = FrozenReference(model)
+    reference = Teacher(model)
     same(reference(images)["reference_image_embedding"], model(images).image_embedding)
     with torch.no_grad():
         model.model.vision_tower.class_embedding += 1

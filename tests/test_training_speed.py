@@ -21,7 +21,7 @@ from training_speed import BASELINE, PARTS, Mode, Setting, build_ours, build_pub
 from tqdm_seg.loss_tqdm import count_losses, supervised_masks
 from tqdm_seg.training.batches import model_inputs
 from tqdm_seg.training.optimisation import step_counts
-from tqdm_seg.training.teacher import FrozenReference
+from tqdm_seg.training.teacher import Teacher
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,7 +123,7 @@ def move(module: nn.Module, device: torch.device) -> None:
 def test_nothing_in_forward_pass_and_losses_waits_for_the_device(labels):
     """On a GPU that is not there: tensors without values, where reading one is an error in any case."""
     model = micro_model(vision_config={"drop_path_rate": 0.1}, context_decoder_dropout=0.1).train()
-    reference = FrozenReference(model)
+    reference = Teacher(model)
     index = supervised_masks(labels, 3)
     counts = count_losses(index, labels, 3, 0.1, "labelled", 255)
     image, size = torch.zeros(2, 32, 32, 3, dtype=torch.uint8), torch.tensor([[32, 32]] * 2)

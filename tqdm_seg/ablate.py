@@ -1,62 +1,77 @@
-"""What each part of tqdm is worth: models trained without it, on the same frames and from the same seeds.
+"""What is each part of tqdm worth? Models trained without it, on the same frames and from the same seeds."""
 
-    python ablate.py [--out runs/ablation] [--seeds 0 1 2] [-- OPTIONS OF train.py]
+import sys
 
-By default on the frames in examples/, from random weights: 56 frames of one off-road drive to train on, 24 later ones
-of the same drive held back, and five dashcam frames of another continent as a domain never seen. Writes a table of mIoU
-in Markdown, per variant the mean over the seeds and its range, to OUT/ablation.md, and all figures to
-OUT/ablation.json. Runs that are finished are kept, so that it goes on where it was stopped.
-"""
+from .commands import start
 
-import argparse
+if __name__ == "__main__":
+    sys.exit(start("ablate"))
+
+
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from tqdm_seg.data.files import run, write_whole
-from tqdm_seg.data.frames import FrameDataset, frame_loader
-from tqdm_seg.evaluation.evaluate import score_frames
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.train import main as train
+from tqdm_seg.train import train
 
-ROOT = Path(__file__).parent
-VARIANTS = {
-    "all of it": [],
-    "without text-to-pixel attention": ["--no-text-attention"],
-    "random queries instead of class texts": ["--random-queries", "--textual-weight", "0"],
-    "without the textual regulariser": ["--textual-weight", "0"],
-    "without the visual regulariser": ["--visual-weight", "0"],
-    "without the score-map regulariser": ["--score-map-weight", "0"],
+from .data.files import example, write_file
+from .data.frames import FrameDataset, frame_loader
+from .data.sources import folder as prepare_folder
+from .evaluation.evaluate import score_frames
+from .program import takes
+from .training.options import AblateOptions
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all of it": {},
+    "without text-to-pixel attention": {"no_text_attention": True},
+    "random queries instead of class texts": {"random_queries": True, "textual_weight": 0.0},
+    "without the textual regulariser": {"textual_weight": 0.0},
+    "without the visual regulariser": {"visual_weight": 0.0},
+    "without the score-map regulariser": {"score_map_weight": 0.0},
 }
+
+
+@takes(AblateOptions)
+def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
+    """Trains what is missing and writes the table; returns the mIoU per variant, domain and seed."""
+    unseen = unseen_frames(options.out)
+    figures: dict[str, dict[str, list[float]]] = {}
+    for variant, changes in VARIANTS.items():
+        columns = figures.setdefault(variant, {"held_back": [], "unseen": []})
+        for seed in options.seeds:
+            folder = options.out / f"{variant.replace(' ', '_')}_{seed}"
+            if not (folder / "results.json").is_file():
+                train(**options.of_run(out=folder, seed=seed, overlays=0, tracker="none", resume=True, **changes))
+            columns["held_back"].append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["miou"])
+            columns["unseen"].append(score_unseen(folder / "model", unseen))
+    write_file(options.out / "ablation.json", (json.dumps(figures, indent=1) + "\n").encode())
+    write_file(options.out / "ablation.md", table(figures).encode())
+    print(table(figures))
+    return figures
 
 
 def unseen_frames(out: Path) -> FrameDataset:
     """The five dashcam frames, prepared."""
-    comma, folder = ROOT / "examples" / "comma10k", out / "comma10k"
-    command = [
-        sys.executable,
-        ROOT / "dataset_scripts" / "prepare_folder.py",
-        comma / "images",
-        comma / "masks",
-        folder,
-    ]
-    subprocess.run([*command, "--classes", comma / "classes.csv"], check=True)
+    comma, folder = example("comma10k"), out / "comma10k"
+    places = [str(path) for path in (comma / "images", comma / "masks", folder)]
+    prepare_folder.main([*places, "--classes", str(comma / "classes.csv")])
     return FrameDataset(str(folder), "test")
 
 
 def score_unseen(model_folder: Path, frames: FrameDataset) -> float:
-    """mIoU on the unseen domain, pictures fitted into the side that the model was trained at, and slid over."""
+    """mIoU on the unseen domain; images are resized to the side that the model was trained at, with sliding windows."""
     model = TqdmForSemanticSegmentation.from_pretrained(model_folder).eval()
     processor = TqdmImageProcessor.from_pretrained(model_folder)
     processor.do_resize, processor.size = True, {"shortest_edge": 224, "longest_edge": 448}
-    cpu = Accelerator(cpu=not torch.accelerator.is_available())
-    return score_frames(model.to(cpu.device), processor, frame_loader(frames, 0), frames.label_map, cpu)["miou"]
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    loader = frame_loader(frames, 0)
+    return score_frames(model.to(accelerator.device), processor, loader, frames.label_map, accelerator)["miou"]
 
 
 def table(figures: dict[str, dict[str, list[float]]]) -> str:
@@ -69,45 +84,3 @@ def table(figures: dict[str, dict[str, list[float]]]) -> str:
             cells = [mean + span for mean, span in zip(cells, ranges, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (%(default)s)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each (default: %(default)s)")
-    parser.add_argument("options", nargs="*", help="further options of train.py, behind --")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Trains what is missing and writes the table."""
-    args = make_parser().parse_args(argv)
-    unseen = unseen_frames(args.out)
-    figures: dict[str, dict[str, list[float]]] = {}
-    for variant, changes in VARIANTS.items():
-        columns = figures.setdefault(variant, {"held_back": [], "unseen": []})
-        for seed in args.seeds:
-            folder = args.out / f"{variant.replace(' ', '_')}_{seed}"
-            if not (folder / "results.json").is_file():
-                options = [
-                    "--out",
-                    str(folder),
-                    "--seed",
-                    str(seed),
-                    "--overlays",
-                    "0",
-                    "--tracker",
-                    "none",
-                    "--resume",
-                ]
-                train([*options, *changes, *args.options])
-            columns["held_back"].append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["miou"])
-            columns["unseen"].append(score_unseen(folder / "model", unseen))
-    write_whole(args.out / "ablation.json", (json.dumps(figures, indent=1) + "\n").encode())
-    write_whole(args.out / "ablation.md", table(figures).encode())
-    print(table(figures))
-
-
-if __name__ == "__main__":
-    run(main)

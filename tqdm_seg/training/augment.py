@@ -1,7 +1,7 @@
-"""The published augmentation on arrays: scale, crop, flip, colours, padding. All chance is one generator's.
+"""The published augmentation on arrays: scale, crop, flip, colours, padding. One generator makes all random draws.
 
 OpenCV does the arithmetic, as in the published pipeline, so that colours and rounding are the same to the bit; the one
-deviation is an option (`TrainTransform.resize`). Letters: H, W picture, h, w crop.
+deviation is an option (`TrainTransform.resize`). Letters: H, W image, h, w crop.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,15 @@ from ..data.label_maps import IGNORE_INDEX
 
 cv2.setNumThreads(1)  # the loader's workers are the parallelism
 
-# Draws of a crop before it is taken as it is, in both rules that can refuse one.
+# Redraws of a crop before it is accepted, for both rules that can refuse one.
 CROP_TRIES = 10
 Window = tuple[slice, slice]
 
 
 def scaled_size(height: int, width: int, ratio: float) -> tuple[int, int]:
-    """Height and width after scaling: cut to whole numbers, then fitted keeping the shape, as mmcv's rescale does.
+    """Height and width after scaling: truncated, then fitted keeping the shape, as mmcv's rescale does.
 
-    Two roundings that can differ: the box is int(side * ratio), the picture the largest of its shape in the box with
+    Two roundings that can differ: the box is int(side * ratio), the image the largest of its shape in the box with
     sides rounded half up.
     """
     box = int(width * ratio), int(height * ratio)
@@ -58,24 +58,24 @@ def bilinear_window(image: np.ndarray, size: tuple[int, int], window: Window) ->
 
 
 def opencv_window(image: np.ndarray, size: tuple[int, int], window: Window) -> np.ndarray:
-    """The same out of the whole picture resized by OpenCV, whose fixed-point rounding is up to one level off."""
+    """The same window cut from the whole image resized by OpenCV, whose fixed-point rounding is up to one level off."""
     return cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR)[window]
 
 
 def class_counts(labels: np.ndarray) -> np.ndarray:
-    """Pixels of each of the 255 possible classes in uint8 labels, the ignored ones left out."""
+    """Pixels of each of the 255 possible classes in uint8 labels, without the ignored ones."""
     counts = cv2.calcHist([labels], [0], None, [256], [0, 256])  # float32, exact below 16.7 million pixels
     return counts.ravel()[:IGNORE_INDEX]
 
 
 def draw_window(size: tuple[int, int], crop: int, rng: np.random.Generator) -> Window:
-    """A uniform crop x crop window of a picture of this size; a side shorter than `crop` is used whole."""
+    """A uniform crop x crop window of an image of this size; a side shorter than `crop` is used whole."""
     top, left = (int(rng.integers(max(side - crop, 0) + 1)) for side in size)
     return slice(top, top + crop), slice(left, left + crop)
 
 
 def scale_colours(image: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """image * factor + shift, cut to 0 ... 255 and then to whole numbers: uint8 in, uint8 out."""
+    """image * factor + shift, clipped to 0 ... 255 and truncated: uint8 in, uint8 out."""
     table = (np.arange(256, dtype=np.float32) * factor + shift).clip(0, 255).astype(np.uint8)
     return cv2.LUT(image, table)
 
@@ -114,10 +114,10 @@ def turn_hue(image: np.ndarray, steps: int) -> np.ndarray:
 
 
 class Crop(NamedTuple):
-    """An augmented picture, still bytes: a fifth of the memory that workers would else hand over and GPUs wait for.
+    """An augmented image in bytes: workers send a fifth of the memory of normalised floats.
 
     image (crop, crop, 3) uint8 RGB and labels (crop, crop) uint8, padded below and right with 0 and 255; size: rows and
-    columns that the picture covers; class_pixels (255,): labelled pixels of every class.
+    columns that the image covers; class_pixels (255,): labelled pixels of every class.
     """
 
     image: Tensor
@@ -138,7 +138,7 @@ def padded(image: np.ndarray, labels: np.ndarray, crop: int) -> Crop:
 def normalise(images: Tensor, sizes: Tensor) -> Tensor:
     """images (B, h, w, 3) uint8 -> pixel_values (B, 3, h, w) float32 by CLIP's mean and deviation, on their device.
 
-    sizes (B, 2): rows and columns that the pictures cover; pixels beyond are 0, as padding after normalising leaves it.
+    sizes (B, 2): rows and columns that the images cover; pixels beyond are 0, as padding after normalising leaves it.
     """
     mean, std = (filled(values, images.device) * 255 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     pixels = ((images - mean) / std).permute(0, 3, 1, 2)  # (B, 3, h, w)
@@ -152,12 +152,12 @@ def normalise(images: Tensor, sizes: Tensor) -> Tensor:
 class TrainTransform:
     """The published augmentation: random scale, crop, flip and colours.
 
-    crop: side of the result in pixels. scale: range of the resize ratio. max_class_share: a crop is drawn anew, 10
-        times at most, while only one class is in it or one has at least this share of its labelled pixels.
-    min_class_pixels: a crop drawn for a class holds more than this many pixels of it; scale and crop are drawn anew,
-        10 times at most (published: half of the 3,000 that the frame must hold).
-    resize: "window" computes the crop alone, by the bilinear formula; "whole" resizes the whole picture with OpenCV as
-        published, which costs a tenth of the loader's speed: OpenCV's rounding makes every eighth value one level off.
+    crop: side of the result in pixels. scale: range of the resize ratio. max_class_share: a crop is redrawn, at most 10
+        times, while it shows only one class or one class has at least this share of its labelled pixels.
+    min_class_pixels: a crop drawn for a class holds more than this many pixels of it; scale and crop are redrawn, at
+        most 10 times (published: half of the 3,000 that the frame must hold).
+    resize: "window" computes only the crop, by the bilinear formula; "whole" resizes the whole image with OpenCV as
+        published and makes the loader a tenth slower. OpenCV's rounding makes every eighth value one level off.
     """
 
     crop: int = 512
@@ -182,7 +182,7 @@ class TrainTransform:
         return padded(distort_colours(pixels, rng), ids, self.crop)
 
     def draw_crop(self, labels: np.ndarray, rng: np.random.Generator) -> tuple[tuple[int, int], Window, np.ndarray]:
-        """Size of the scaled picture, a window of it, and the labels in that window."""
+        """Size of the scaled image, a window of it, and the labels in that window."""
         size = scaled_size(*labels.shape, rng.uniform(*self.scale))
         for _ in range(1 + CROP_TRIES):
             window = draw_window(size, self.crop, rng)

@@ -1,9 +1,9 @@
-"""What is trained on when, and the batches that it becomes."""
+"""Which frame is trained on when, and the batches made of it."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.frames import Frame, FrameDataset, PlainRows
 from .augment import TrainTransform, normalise
+from .options import TrainOptions
 
-# Samples that are planned at a time.
+# Samples planned at once.
 PLAN_BLOCK = 2**16
 
 
@@ -27,8 +28,8 @@ class RareClassSampling:
     """First a class, then a frame with enough of it (DAFormer, and the published recipe with temperature 100).
 
     Class c is drawn with probability softmax((1 - f_c) / temperature), f_c its share of the labelled pixels, over the
-    classes that occur; then one of the frames with more than `min_pixels` of it. At 100 all classes are as likely as
-    each other to within 1 %; at DAFormer's 0.01 the rarest take almost all.
+    classes that occur; then one of the frames with more than `min_pixels` of it. At 100 all classes are equally
+    likely to within 1 %; at DAFormer's 0.01 the rarest classes take almost all draws.
     """
 
     temperature: float = 100
@@ -65,8 +66,8 @@ class TrainPlan:
             most = class_pixels[:, lacking[0]].max()
             raise ValueError(
                 f"no frame has more than {sampling.min_pixels} pixels of {names[lacking[0]] if names else lacking[0]} "
-                f"(at most {most}), so it could not be drawn for this class; lower the minimum to {most - 1} or less, "
-                "or use another sampling"
+                f"(at most {most}), so none can be drawn for this class; use --min-pixels {most - 1} or less, or "
+                "--sampling permutation"
             )
         self.members = np.nonzero(enough.T)[1]  # frames of class 0, of class 1, ...
         self.starts = self.counts.cumsum() - self.counts
@@ -102,7 +103,7 @@ def planned_batches(
     """The draws (batch_size,) of every batch that one process reads, for steps first_step ... last_step - 1.
 
     A step consists of `parts` (accumulated) batches per process. Rows number all samples of a step, so two runs with
-    the same rows per step see the same samples, however these are divided among parts and processes.
+    the same rows per step see the same samples, however they are divided among parts and processes.
     """
     rows = batch_size * parts * processes
     block = max(PLAN_BLOCK // rows, 1)
@@ -126,7 +127,7 @@ class TrainSamples(Dataset):
 def augmented(
     frame: Frame, transform: TrainTransform, seed: int | list[int], wanted: int = -1
 ) -> dict[str, Tensor | str]:
-    """The fields of a `Crop`, key and scene of a frame, its chance by `seed`."""
+    """The fields of a `Crop`, key and scene of a frame, augmented by `seed`."""
     crop = transform(frame.image, frame.labels, np.random.default_rng(seed), wanted)
     return {**crop._asdict(), "key": frame.key, "scene": frame.scene}
 
@@ -134,8 +135,8 @@ def augmented(
 def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[str, Tensor | list[str]]:
     """Stacked `image` (B, h, w, 3) and `labels` (B, h, w) uint8, `size` (B, 2); lists `key` and `scene`.
 
-    mask_index (M, 2): image and class of every supervised mask. It is made here, on the CPU, because on a GPU its
-    data-dependent size would make the host wait for the device.
+    mask_index (M, 2): image and class of every supervised mask; made on the CPU, because on a GPU its data-dependent
+    size would make the host wait for the device.
     """
     class_pixels = torch.from_numpy(np.stack([sample["class_pixels"] for sample in samples]))  # (B, 255)
     return {
@@ -161,7 +162,7 @@ def model_inputs(batch: dict[str, Tensor | list[str]], device: torch.device) -> 
 def train_loader(samples: Dataset, batches: Iterable[Any], num_classes: int, workers: int) -> DataLoader:
     """Loader over `planned_batches` or `plain_batches`.
 
-    It is already divided among processes: do not hand it to `Accelerator.prepare`, which would divide it once more.
+    It is already divided among processes: `Accelerator.prepare` would divide it again.
     """
     return DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(collate, num_classes=num_classes), num_workers=workers,
@@ -170,7 +171,7 @@ def train_loader(samples: Dataset, batches: Iterable[Any], num_classes: int, wor
 
 
 class PlainSamples(Dataset):
-    """Augmented frames by (number, undecoded row): workers get the bytes, the main process alone reads the source."""
+    """Augmented frames by (number, undecoded row): workers get the bytes, only the main process reads the source."""
 
     def __init__(self, source: PlainRows, transform: TrainTransform, seed: int):
         self.source, self.transform, self.seed = source, transform, seed
@@ -184,8 +185,35 @@ def plain_batches(
     source: PlainRows, seed: int, first_batch: int, last_batch: int, batch_size: int, process: int = 0,
     processes: int = 1,
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:  # fmt: skip
-    """Batches first_batch ... last_batch - 1 of one process: numbered rows, numbers unlike those of other processes."""
+    """Batches first_batch ... last_batch - 1 of one process: rows with numbers that no other process uses."""
     rows = islice(source.rows(process, processes, seed), first_batch * batch_size, last_batch * batch_size)
     numbered = ((process + processes * i, row) for i, row in enumerate(rows, first_batch * batch_size))
     while batch := list(islice(numbered, batch_size)):
         yield batch
+
+
+def step_batches(
+    options: TrainOptions, training: FrameDataset | PlainRows, first_step: int, process: int, processes: int
+) -> Iterator[dict[str, Any]]:
+    """Batches that this process trains on from `first_step` on, as `collate` makes them."""
+    transform = TrainTransform(options.crop, min_class_pixels=options.min_pixels // 2, resize=options.resize)
+    if isinstance(training, PlainRows):
+        samples = PlainSamples(training, transform, options.seed)
+        first, last = (step * options.accumulation for step in (first_step, options.steps))
+        batches = plain_batches(training, options.seed, first, last, options.batch_size, process, processes)
+    else:
+        rare = RareClassSampling(options.temperature, options.min_pixels)
+        plan = TrainPlan(
+            training.index.class_pixels, options.seed, rare if options.sampling == "rare-class" else None,
+            training.classes,
+        )  # fmt: skip
+        samples = TrainSamples(training, transform)
+        batches = planned_batches(
+            plan, first_step, options.steps, options.batch_size, options.accumulation, process, processes
+        )
+    return iter(train_loader(samples, batches, len(training.classes), options.workers))
+
+
+def first_now(batches: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same batches; the first one is made now, so that bad data is an error before anything is written."""
+    return chain(list(islice(batches, 1)), batches)

@@ -1,11 +1,11 @@
-"""Checkpoints of a training run: whole or absent, safetensors and JSON only, exact to the bit.
+"""Checkpoints of a training run: complete or absent, safetensors and JSON only, bit-exact.
 
     step_0000400/weights.safetensors    the model as it is trained
     step_0000400/average.safetensors    averaged weights, with --ema
     step_0000400/optimizer.safetensors  both moments of every parameter
     step_0000400/state.json             step, parameter groups, scale of half-precision gradients
 
-No state of a random generator is in it: every draw derives from the seed and the step.
+They hold no state of a random generator: every draw derives from the seed and the step.
 """
 
 import json
@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..data.files import written_whole
+from ..data.files import replace_folder
 
-# Whole tensors on the CPU of the first process, whether or not the model is sharded over processes.
+# Whole tensors on the CPU of the first process, also of a model that is sharded over processes.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -36,7 +36,7 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Weights and optimiser state by parameter name; every process must call it, others than the first get nothing."""
+    """Weights and optimiser state by parameter name; every process must call it, only the first gets them."""
     weights = get_model_state_dict(model, options=_WHOLE)
     state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)
     if not weights:
@@ -48,13 +48,13 @@ def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 def write_checkpoint(
     folder: Path, step: int, state: dict[str, Any], average: dict[str, Tensor] | None, extra: dict[str, Any], keep: int
 ) -> Path:
-    """Writes folder/step_<step> and deletes all but the newest `keep` of its kind; returns the new one.
+    """Writes folder/step_<step> and deletes all but the newest `keep` checkpoints; returns the new one.
 
-    state: of `training_state`; average: averaged weights, if any; extra: what state.json holds besides.
-    Raises OSError when the disk is full, and leaves what was there before.
+    state: of `training_state`; average: averaged weights, if any; extra: further content of state.json.
+    Raises OSError when the disk is full; earlier checkpoints stay.
     """
     target = folder / f"step_{step:07d}"
-    with written_whole(target) as temporary:
+    with replace_folder(target) as temporary:
         save_file(_own_memory(state["weights"]), temporary / "weights.safetensors")
         save_file(_own_memory(state["moments"]), temporary / "optimizer.safetensors")
         if average is not None:
@@ -67,12 +67,12 @@ def write_checkpoint(
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors that share no memory, as safetensors wants them."""
+    """Tensors that share no memory, as safetensors requires."""
     return {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
+    """Complete checkpoints, oldest first."""
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 

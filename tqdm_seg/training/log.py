@@ -1,6 +1,5 @@
-"""What surrounds the training loop: losses on their way to the log, SIGTERM, trackers, the plan of a dry run."""
+"""What surrounds the training loop: recent losses, SIGTERM, log and trackers."""
 
-import argparse
 import json
 import math
 import signal
@@ -11,18 +10,19 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.files import write_whole
+from ..data.files import write_file
+from .options import TrainOptions
 
 
 class RecentLosses:
-    """Losses by name since the last report, left on the device, so that no step waits for their values."""
+    """Losses by name since the last log line; they stay on the device, so that no step waits for their values."""
 
     def __init__(self):
         self.rows: list[tuple[int, list[str], Tensor]] = []
         self.names: list[str] = []
 
     def add(self, step: int, keys: list[str], losses: dict[str, Tensor]) -> None:
-        """Remembers the scalars of one batch, and which images it was made of."""
+        """Remembers the scalar losses of one batch, and the keys of its images."""
         self.names = list(losses)
         self.rows.append((step, keys, torch.stack(list(losses.values())).detach()))
 
@@ -37,11 +37,11 @@ class RecentLosses:
             broken = [name for name, value in zip(self.names, row, strict=True) if not math.isfinite(value)]
             if broken:
                 content = {"step": step, "losses": dict(zip(self.names, map(str, row), strict=True)), "images": keys}
-                write_whole(out / "not_finite.json", (json.dumps(content, indent=1) + "\n").encode())
+                write_file(out / "not_finite.json", (json.dumps(content, indent=1) + "\n").encode())
                 raise FloatingPointError(
                     f"{', '.join(broken)} not finite at step {step}, images {', '.join(keys)} (see "
                     f"{out / 'not_finite.json'}); look at these images and their labels, lower --lr, set --clip-norm, "
-                    "or use --mixed-precision no. Nothing was saved since"
+                    "or use --precision fp32. Nothing was saved since"
                 )
         self.rows.clear()
         means = accelerator.reduce(values.mean(0), "mean").tolist()
@@ -49,7 +49,7 @@ class RecentLosses:
 
 
 class StopSignal:
-    """Whether SIGTERM has come, as schedulers send it before they take a machine away."""
+    """Remembers SIGTERM, which schedulers send before they take a machine away."""
 
     def __init__(self):
         self.came = False
@@ -65,7 +65,7 @@ class StopSignal:
         self.came = True
 
     def agreed(self, accelerator: Accelerator, waits_anyway: bool) -> bool:
-        """Whether all processes shall stop; several ask each other only where they wait for each other anyway."""
+        """Whether all processes stop; several ask each other only where they synchronise anyway."""
         if accelerator.num_processes == 1:
             return self.came
         if not waits_anyway:
@@ -76,15 +76,13 @@ class StopSignal:
 class Log:
     """log.jsonl and the tracker, written by the first process."""
 
-    def __init__(self, accelerator: Accelerator, args: argparse.Namespace, first_step: int):
-        self.accelerator, self.path = accelerator, Path(args.out) / "log.jsonl"
+    def __init__(self, accelerator: Accelerator, options: TrainOptions, first_step: int):
+        self.accelerator, self.path = accelerator, options.out / "log.jsonl"
         if accelerator.is_main_process:
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # the rest is done again
-            write_whole(self.path, "".join(kept).encode())
-        simple = {
-            name: value if isinstance(value, int | float | str) else str(value) for name, value in vars(args).items()
-        }
+            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # later steps are repeated
+            write_file(self.path, "".join(kept).encode())
+        simple = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(options).items()}
         accelerator.init_trackers("tqdm", config=simple)
 
     def write(self, step: int, **values: float) -> None:
@@ -94,9 +92,9 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def pictures(self, step: int, drawn: dict[str, np.ndarray]) -> None:
-        """Pictures (H, W, 3) by name, to trackers that show some."""
+    def images(self, step: int, drawings: dict[str, np.ndarray]) -> None:
+        """Sends images (H, W, 3) by name to the trackers that show images."""
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                tracker.log_images({name: picture[None] for name, picture in drawn.items()}, step, **layout)
+                tracker.log_images({name: image[None] for name, image in drawings.items()}, step, **layout)

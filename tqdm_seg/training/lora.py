@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, by peft) in the vision tower: a cheap way to train, merged into the weights in the end."""
+"""Low-rank adapters (LoRA, by peft) in the vision tower: a cheap way to train; merged into the weights at the end."""
 
 import copy
 
@@ -14,7 +14,7 @@ TARGETS = r"blocks\.\d+\.(attention\.(q|k|v|out)_proj|ffn\.(fc1|fc2|w1|w2|w3))"
 
 
 def add_adapters(tower: TqdmVisionModel, rank: int) -> None:
-    """Puts adapters of this rank into every block, in place, and freezes the tower around them."""
+    """Adds adapters of this rank to every block, in place, and freezes the tower around them."""
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS), tower)
 
 

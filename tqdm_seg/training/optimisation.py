@@ -112,9 +112,9 @@ class SumOverProcesses(torch.autograd.Function):
 
 
 class ProcessBatchNorm(nn.BatchNorm2d):
-    """BatchNorm whose batch is that of all processes, on any device (torch's SyncBatchNorm runs on GPUs alone).
+    """BatchNorm over the batches of all processes, for CPUs: torch's SyncBatchNorm runs on GPUs only.
 
-    As many pixels in every process as in any other. Names and shapes of the weights are those of BatchNorm2d.
+    Every process must have the same number of pixels. Names and shapes of the weights are those of BatchNorm2d.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,8 +136,14 @@ class ProcessBatchNorm(nn.BatchNorm2d):
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
 
 
-def convert_batch_norm(model: nn.Module) -> None:
-    """Every BatchNorm2d of the model becomes a `ProcessBatchNorm`, in place and with the same parameters."""
+def convert_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Normalises over all processes, in place and with the same parameters, on the device that the model is for.
+
+    Every BatchNorm2d inside the model becomes torch's SyncBatchNorm for GPUs, a `ProcessBatchNorm` for others.
+    """
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             module.__class__ = ProcessBatchNorm

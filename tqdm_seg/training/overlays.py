@@ -1,4 +1,4 @@
-"""Pictures of image, ground truth and prediction, next to each other."""
+"""Image, ground truth and prediction next to each other."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +22,10 @@ _PANEL = 336  # least width of a panel in pixels; smaller images are enlarged
 
 
 def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int, str]) -> Image.Image:
-    """Image, truth and prediction (h, w) side by side, with the frame's mIoU and a legend. Ignored pixels stay bare."""
+    """Image, ground truth and prediction (h, w) side by side, with mIoU and legend. Ignored pixels have no colour."""
     matrix = confusion_matrix(torch.from_numpy(prediction), torch.tensor(frame.labels), len(class_names), IGNORE_INDEX)
     score = percent(scores(matrix, list(class_names.values()))["miou"])
-    titles = [frame.key, "truth", f"prediction, mIoU {score} % of this frame"]
+    titles = [frame.key, "ground truth", f"prediction, mIoU {score} % of this frame"]
     height, width = frame.labels.shape
     factor = max(_PANEL / width, 1)
     size = (round(width * factor), round(height * factor))
@@ -47,12 +47,12 @@ def draw_frames(
     model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frames: FrameDataset | PlainRows, count: int,
     total: int,
 ) -> Iterator[tuple[str, Image.Image]]:  # fmt: skip
-    """Name and drawing of `count` of the `total` frames, evenly spread."""
+    """Name and drawing of `count` of the `total` frames, evenly spaced."""
     chosen = np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
     model.eval()
     if isinstance(frames, FrameDataset):
         numbered = ((index, frames[index]) for index in chosen)
-    else:  # which has to be read through
+    else:  # rows, which are read in order
         numbered = ((index, frame) for index, frame in enumerate(frames.frames()) if index in chosen)
     for index, frame in numbered:
         prediction, _ = predict_frame(model, processor, frame)

@@ -1,0 +1,121 @@
+"""What a run is built from: processes, data, model."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+
+from ..data.frames import FrameDataset, PlainRows
+from ..data.shards import refuse_mixed_labels
+from ..deploy.speed import set_float32_arithmetic
+from .checkpoint import whole_weights
+from .options import TrainOptions
+
+
+def make_accelerator(options: TrainOptions) -> Accelerator:
+    """The launched processes; raises ValueError when several were asked for and one was started."""
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and not os.environ.get("PMI_SIZE"):
+        raise ValueError(
+            "accelerate launch --cpu starts a single process whatever --num_processes says; use torchrun "
+            "--nproc_per_node N train.py, or accelerate launch --multi_gpu --num_processes N train.py, on CPUs too"
+        )
+    if options.compile == "inductor":
+        from torch._inductor import config  # here, because the compiler takes seconds to import
+
+        config.fallback_random = True  # the same dropout and points as without compiling
+    if options.precision == "tf32" and not torch.cuda.is_available():
+        raise ValueError("--precision tf32 needs an NVIDIA GPU, and torch sees none; choose fp32")
+    if options.precision is not None:
+        set_float32_arithmetic(options.precision)
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no", "tf32": "no"}.get(options.precision, options.precision),
+        gradient_accumulation_steps=options.accumulation, cpu=not torch.accelerator.is_available(),
+        log_with=None if options.tracker == "none" else options.tracker,
+        project_config=ProjectConfiguration(str(options.out), str(options.out / "tracker")),
+        dynamo_backend=options.compile,
+    )  # fmt: skip
+    if accelerator.distributed_type == DistributedType.FSDP and (options.ema or options.vision == "lora"):
+        raise ValueError("--ema and --vision lora need the whole model in every process; launch with DDP, not FSDP")
+    return accelerator
+
+
+def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDataset | PlainRows]:
+    """Training and held-back frames; raises ValueError when their classes differ."""
+    sources = ((options.train_source, options.train_split), (options.eval_source, options.eval_split))
+    if options.class_names is not None:
+        columns = (options.class_names, options.image_column, options.label_column)
+        training, validation = (PlainRows(*source, *columns) for source in sources)
+        next(validation.frames())  # its errors show now, and not after the training
+        return training, validation
+    training, validation = (FrameDataset(*source) for source in sources)
+    refuse_mixed_labels([training.index.manifest, validation.index.manifest])
+    return training, validation
+
+
+def build_model(
+    options: TrainOptions, classes: Sequence[str]
+) -> tuple[TqdmForSemanticSegmentation, TqdmImageProcessor]:
+    """A preset with random weights by --seed, or a model folder; the parts of classes new to it start at random.
+
+    Raises FileNotFoundError when --model is neither.
+    """
+    torch.manual_seed(options.seed)
+    changes, id2label = _config_changes(options), dict(enumerate(classes))
+    if options.model in PRESETS:
+        net = TqdmForSemanticSegmentation(TqdmConfig.from_preset(options.model, id2label=id2label, **changes))
+        processor = TqdmImageProcessor()
+    elif (Path(options.model) / "config.json").is_file():
+        net = TqdmForSemanticSegmentation.from_pretrained(options.model, dtype=torch.float32, **changes)
+        if net.config.id2label != id2label:
+            net.set_classes(id2label)
+        processor = TqdmImageProcessor.from_pretrained(options.model)
+    else:
+        raise FileNotFoundError(
+            f"--model {options.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a config.json"
+        )
+    if options.eval_size:
+        shortest, longest = sorted(options.eval_size)
+        processor.do_resize, processor.size = True, {"shortest_edge": shortest, "longest_edge": longest}
+    return net, processor
+
+
+def _config_changes(options: TrainOptions) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "textual_loss_weight": options.textual_weight,
+        "visual_loss_weight": options.visual_weight,
+        "score_map_loss_weight": options.score_map_weight,
+        "text_to_pixel_attention": False if options.no_text_attention else None,
+        "queries": "random" if options.random_queries else None,
+    }
+    return {name: value for name, value in changes.items() if value is not None}
+
+
+def choose_trained(net: TqdmForSemanticSegmentation, vision: str, lora_rank: int) -> None:
+    """Freezes the vision tower, or adds adapters to its blocks; its pyramid, which is new, always learns."""
+    if vision == "full":
+        return
+    tower = net.model.vision_tower
+    if vision == "lora":
+        from .lora import add_adapters  # here, because peft takes seconds to import
+
+        add_adapters(tower, lora_rank)
+    else:
+        tower.requires_grad_(False)
+    tower.pyramid.requires_grad_(True)
+
+
+def unsharded(accelerator: Accelerator, net: TqdmForSemanticSegmentation) -> TqdmForSemanticSegmentation:
+    """The model itself, or a whole copy in every process if FSDP has sharded it."""
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return net
+    whole = TqdmForSemanticSegmentation(net.config).to(accelerator.device)
+    whole.load_state_dict(whole_weights(net))
+    return whole
