@@ -1,4 +1,4 @@
-"""How long dataset_scripts/audit_splits.py takes for the pictures of two sets, and where the time goes.
+"""How long `tqdm-seg audit` takes for the pictures of two sets, and where the time goes.
 
     python benchmarks/audit_speed.py
 
@@ -12,7 +12,6 @@ has (2 bytes per pixel as PNG) and are read from the file cache, so a slow disk 
 
 import argparse
 import os
-import sys
 import tempfile
 import time
 import tracemalloc
@@ -25,8 +24,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-sys.path.append(str(Path(__file__).parents[1] / "dataset_scripts"))
-from tqdm_seg.data.audit import HASH, Frame, FrameSet, hash_pictures, nearest_hashes  # noqa: E402
+from tqdm_seg.data.audit import HASH, FrameSet, NamedFrame, hash_images, nearest_hashes
 
 HEIGHT, WIDTH = 720, 1280
 # Options of Pillow per kind of file.
@@ -54,7 +52,7 @@ def write_pictures(folder: Path, kind: str, count: int) -> list[Path]:
 def decode(part: FrameSet) -> None:
     """What no audit of pictures can do without: reading and decoding, on as many threads as the audit uses."""
 
-    def load(frame: Frame) -> None:
+    def load(frame: NamedFrame) -> None:
         with Image.open(BytesIO(frame.read())) as image:
             image.load()
 
@@ -71,8 +69,8 @@ def seconds(work: Callable[[], object]) -> float:
 
 def hashing_rates(paths: list[Path], rounds: int) -> tuple[float, float]:
     """Pictures per second hashed and only decoded, each in its best round; a round reads every file four times."""
-    part = FrameSet("benchmark", [Frame(path.name, "", partial(Path.read_bytes, path)) for path in paths * 4])
-    times = [(seconds(lambda: hash_pictures(part)), seconds(lambda: decode(part))) for _ in range(rounds)]
+    part = FrameSet("benchmark", [NamedFrame(path.name, "", partial(Path.read_bytes, path)) for path in paths * 4])
+    times = [(seconds(lambda: hash_images(part)), seconds(lambda: decode(part))) for _ in range(rounds)]
     hashed, decoded = (len(part.frames) / min(column) for column in zip(*times, strict=True))
     return hashed, decoded
 

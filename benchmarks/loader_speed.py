@@ -13,16 +13,12 @@ Writes loader.json and .md to --out; seconds are there processor seconds per sam
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).parents[1] / "dataset_scripts"))
-
-import cv2
 import numpy as np
 import psutil
 import torch
@@ -32,8 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from tqdm_seg.data.files import write_whole
 from tqdm_seg.data.frames import FrameDataset
-from tqdm_seg.data.images import decode
-from tqdm_seg.data.prepare import Pair, Source, prepare, prepare_parser
+from tqdm_seg.data.images import decode_rgb, decode_unchanged
+from tqdm_seg.data.options import PrepareOptions
+from tqdm_seg.data.prepare import Pair, Source, make_dataset
 from tqdm_seg.data.shards import read_frame
 from tqdm_seg.data.sources.folder import read_classes
 from tqdm_seg.training.augment import TrainTransform
@@ -60,8 +57,8 @@ def make_frames(folder: Path, count: int) -> str:
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(pair.image)
         Image.fromarray(mask).save(pair.label)
         pairs.append(pair)
-    args = prepare_parser("").parse_args([str(folder / "raw"), str(folder / "shards"), "--workers", "1"])
-    prepare(args, Source("comma10k, enlarged", "MIT"), read_classes(COMMA / "classes.csv"), pairs)
+    options = PrepareOptions(root=folder / "raw", out=folder / "shards", workers=1)
+    make_dataset(options, Source("comma10k, enlarged", "MIT"), read_classes(COMMA / "classes.csv"), pairs)
     return str(folder / "shards")
 
 
@@ -72,7 +69,7 @@ def by_pillow(image: bytes, label: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def by_opencv(image: bytes, label: bytes) -> tuple[np.ndarray, np.ndarray]:
     """Picture and label."""
-    return decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
+    return decode_rgb(image), decode_unchanged(label)
 
 
 class BareDecode(Dataset):

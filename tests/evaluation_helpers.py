@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import micro_model
-from shard_helpers import orfd, program, save
+from shard_helpers import orfd, prepare, save
 
 from tqdm_seg.evaluation.evaluate import main
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -70,9 +70,8 @@ def roads(root: Path) -> Path:
 def prepared_folder(root: Path, name: str) -> Path:
     """The set of this name made of root/images and root/masks, with `CLASSES`."""
     (root / "classes.txt").write_text("\n".join(CLASSES))
-    arguments = [str(root / part) for part in ("images", "masks", name)]
-    options = ["--classes", str(root / "classes.txt"), "--workers", "1", "--name", name]
-    program("prepare_folder").main([*arguments, *options])
+    options = ("--class-file", root / "classes.txt", "--name", name)
+    prepare("folder", root / "images", root / name, root / "masks", *options)
     return root / name
 
 
@@ -82,7 +81,7 @@ def offroad_frames(root: Path, frames: tuple[int, int] = (40, 20)) -> Path:
         orfd(root / "raw", count, scene, "validation", size=40)
     for number, path in enumerate(sorted((root / "raw").rglob("image_data/*.png"))):
         save(path, blocks(number)[:, :40])
-    program("prepare_orfd").main([str(root / "raw"), str(root / "shards"), "--workers", "1"])
+    prepare("orfd", root / "raw", root / "shards")
     return root / "shards"
 
 

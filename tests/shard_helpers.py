@@ -1,27 +1,31 @@
-"""Miniatures of datasets for the tests of preparation: PNGs of kinds that Pillow cannot write, frames, programs."""
+"""Miniatures of datasets for the tests of preparation: PNGs of kinds that Pillow cannot write, frames, commands."""
 
-import importlib
 import struct
-import sys
 import zlib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 from PIL import Image
 
-from tqdm_seg.data.images import decode_picture
+from tqdm_seg.commands import COMMANDS, named
+from tqdm_seg.data.images import decode_image
+from tqdm_seg.program import parse
 
-PROGRAMS = Path(__file__).parents[1] / "dataset_scripts"
+ROOT = Path(__file__).parents[1]
+LISTS = ROOT / "tqdm_seg" / "data" / "lists"
 
 
-def program(name: str) -> ModuleType:
-    """A program of dataset_scripts/, as a module."""
-    if str(PROGRAMS) not in sys.path:
-        sys.path.append(str(PROGRAMS))
-    return importlib.import_module(name)
+def call(command: str, *argv: object) -> Any:
+    """What the function of a command returns or raises for a command line."""
+    place = COMMANDS[command]
+    return named(place.function).__wrapped__(parse(named(place.options), "", [str(word) for word in argv]))
+
+
+def prepare(name: str, root: Path, out: Path, *argv: object) -> dict[str, Any]:
+    """Prepares a dataset in this process; returns its manifest."""
+    return call(f"prepare {name}", root, "--out", out, "--workers", 1, *argv)
 
 
 def png(bits: int, colour: int, rows: list[bytes], width: int, palette: bytes | None = None) -> bytes:
@@ -34,7 +38,7 @@ def png(bits: int, colour: int, rows: list[bytes], width: int, palette: bytes | 
 
 
 def save(path: Path, array: np.ndarray, palette: list[int] | None = None, **options: Any) -> Path:
-    """An 8-bit picture file of an (H, W) or (H, W, C) array, its folders made as needed."""
+    """An 8-bit image file of an (H, W) or (H, W, C) array, its folders made as needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(np.asarray(array, np.uint8))
     if palette is not None:
@@ -44,7 +48,7 @@ def save(path: Path, array: np.ndarray, palette: list[int] | None = None, **opti
 
 
 def photo(path: Path, height: int = 6, width: int = 8, **options: Any) -> Path:
-    """A picture of random pixels, the same for the same name."""
+    """An image of random pixels, the same for the same name."""
     rng = np.random.default_rng(zlib.crc32(path.name.encode()))
     return save(path, rng.integers(0, 256, (height, width, 3)), **options)
 
@@ -66,7 +70,7 @@ def stored(out: Path) -> dict[str, dict[str, Any]]:
     for path in sorted((out / "data").glob("*.parquet")):
         for row in pq.read_table(path).to_pylist():
             row["split"] = path.name.split("-")[0]
-            row["labels"] = np.asarray(decode_picture(row["label"]["bytes"]))
+            row["labels"] = np.asarray(decode_image(row["label"]["bytes"]))
             assert row["key"] not in found
             found[row["key"]] = row
     return found

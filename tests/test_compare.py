@@ -23,7 +23,7 @@ from tqdm_seg.reports.comparison_text import CHINESE
 
 ROOT = Path(__file__).parent.parent
 ROAD3D = ROOT / "tests" / "road3d"
-LISTS = ROOT / "dataset_scripts" / "scene_lists"
+LISTS = ROOT / "tqdm_seg" / "data" / "lists" / "scenes"
 FILE1, FILE2 = ROAD3D / "road3d_counts_file1.csv", ROAD3D / "road3d_counts_file2.csv"
 with (ROAD3D / "road3d_scene_miou.csv").open(newline="") as file:
     PUBLISHED = [tuple(row) for row in csv.reader(file)][1:]

@@ -6,16 +6,15 @@ import threading
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
-from shard_helpers import contents, orfd, photo, program, save
+from shard_helpers import contents, orfd, photo, prepare, save
 
 from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
-from tqdm_seg.data.images import decode, decode_carefully
+from tqdm_seg.data.images import decode_rgb, decode_rgb_safely, decode_unchanged
 from tqdm_seg.data.shards import read_index
 from tqdm_seg.loss_tqdm import supervised_masks
 from tqdm_seg.training.augment import TrainTransform
@@ -41,7 +40,7 @@ def folder(tmp_path_factory) -> Path:
     root, out = tmp_path_factory.mktemp("raw"), tmp_path_factory.mktemp("prepared") / "out"
     orfd(root, 8, size=40)
     orfd(root, 3, scene="y0613_1304", split="validation", size=40)
-    program("prepare_orfd").main([str(root), str(out), "--rows-per-shard", "5", "--workers", "1"])
+    prepare("orfd", root, out, "--rows-per-shard", 5)
     return out
 
 
@@ -91,29 +90,26 @@ def test_both_decoders_agree_on_every_kind_of_picture(tmp_path):
     }  # fmt: skip
     for name, options in files.items():
         content = save(tmp_path / name, colours, **options).read_bytes()
-        one, other = decode(content, cv2.IMREAD_COLOR_RGB), decode_carefully(content)
+        one, other = decode_rgb(content), decode_rgb_safely(content)
         assert one.shape == ((16, 8, 3) if "turned" in name else (8, 16, 3))
         assert np.array_equal(one, other), name
-    assert np.array_equal(decode((tmp_path / "rgb.png").read_bytes(), cv2.IMREAD_COLOR_RGB), colours)
+    assert np.array_equal(decode_rgb((tmp_path / "rgb.png").read_bytes()), colours)
     grey = save(tmp_path / "grey.png", colours[..., 0]).read_bytes()
-    assert np.array_equal(decode(grey, cv2.IMREAD_UNCHANGED), colours[..., 0])
-    assert np.array_equal(decode_carefully(grey), colours[..., :1].repeat(3, -1))
+    assert np.array_equal(decode_unchanged(grey), colours[..., 0])
+    assert np.array_equal(decode_rgb_safely(grey), colours[..., :1].repeat(3, -1))
     with pytest.raises(ValueError, match="cannot be decoded"):
-        decode_carefully(grey[: len(grey) // 2])
+        decode_rgb_safely(grey[: len(grey) // 2])
 
 
 def test_what_opencv_does_not_read_is_left_to_pillow(folder, monkeypatch):
     frames = FrameDataset(str(folder), "validation")
-    expected, original = frames[0], decode
+    expected = frames[0]
     frames.cache = None
-
-    def blind(content, flags):
-        return original(content, flags) if flags == cv2.IMREAD_UNCHANGED else None
-
-    monkeypatch.setattr("tqdm_seg.data.frames.decode", blind)
+    monkeypatch.setattr("tqdm_seg.data.frames.decode_rgb", lambda content: None)
     assert np.array_equal(frames[0].image, expected.image)
 
 
+@pytest.mark.slow
 def test_evaluation_frames_are_divided_without_loss_or_repeat(folder):
     frames = FrameDataset(str(folder), "train")
     for processes in (1, 2, 3, 5):
@@ -194,7 +190,7 @@ def test_a_step_has_the_same_samples_however_it_is_divided():
 def test_blocks_of_the_plan_leave_no_seam(monkeypatch):
     plan = TrainPlan(np.full((9, 2), 9000), 0, RareClassSampling())
     whole = np.stack(list(planned_batches(plan, 0, 50, 4)))
-    monkeypatch.setattr("tqdm_seg.data.frames.PLAN_BLOCK", 10)
+    monkeypatch.setattr("tqdm_seg.training.batches.PLAN_BLOCK", 10)
     assert np.array_equal(np.stack(list(planned_batches(plan, 0, 50, 4))), whole)
 
 

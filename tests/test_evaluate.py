@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import cv2
@@ -18,8 +19,7 @@ from accelerate import Accelerator
 from conftest import micro_model
 from evaluation_helpers import CLASSES, OFFROAD, SIZE, model_of, offroad_frames, prepared_folder, roads, run
 from PIL import Image
-from shard_helpers import orfd, photo, save
-from shard_helpers import program as prepare
+from shard_helpers import orfd, photo, prepare, save
 
 from tqdm_seg.data.files import run as run_program
 from tqdm_seg.data.frames import FrameDataset, frame_loader
@@ -261,7 +261,9 @@ def test_boxes_belong_to_a_set_the_run_or_the_published_protocol(model, data, tm
 
 
 def test_the_published_boxes_are_those_of_the_datasets_names():
-    names = {prepare(f"prepare_{name}").SOURCE.name for name in ("cityscapes", "bdd100k", "mapillary")}
+    names = {
+        import_module(f"tqdm_seg.data.sources.{name}").SOURCE.name for name in ("cityscapes", "bdd100k", "mapillary")
+    }
     assert names == PUBLISHED_BOXES.keys()
 
 
@@ -446,7 +448,7 @@ def test_the_default_split_is_validation_or_else_test(data, tmp_path):
     assert default_split(str(data)) == "validation"
     for split, root in (("testing", "t"), ("training", "r")):
         orfd(tmp_path / root, 1, split=split)
-        prepare("prepare_orfd").main([str(tmp_path / root), str(tmp_path / f"{root}out"), "--workers", "1"])
+        prepare("orfd", tmp_path / root, tmp_path / f"{root}out")
     assert default_split(str(tmp_path / "tout")) == "test"
     with pytest.raises(ValueError, match="no split validation or test, only train; say which: PATH:SPLIT"):
         default_split(str(tmp_path / "rout"))
@@ -495,8 +497,7 @@ def test_classes_in_another_order_are_refused(data, tmp_path):
 
 def test_label_maps_of_one_kind_are_not_mixed(offroad_model, offroad, tmp_path):
     orfd(tmp_path / "raw", 1, split="validation", size=40)
-    arguments = [str(tmp_path / "raw"), str(tmp_path / "other"), "--workers", "1"]
-    prepare("prepare_orfd").main([*arguments, "--unreachable", "ignored"])
+    prepare("orfd", tmp_path / "raw", tmp_path / "other", "--unreachable", "ignored")
     assert read_manifest(tmp_path / "other")["label_map"]["name"] == "orfd/ignored"
     with pytest.raises(ValueError, match="prepared under the label maps orfd/merged and orfd/ignored"):
         main([str(offroad_model), "--data", f"a={offroad}", f"b={tmp_path / 'other'}", "--out", str(tmp_path / "out")])

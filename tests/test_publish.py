@@ -20,8 +20,7 @@ import yaml
 from accelerate import Accelerator
 from conftest import micro_model
 from huggingface_hub import ModelCard
-from shard_helpers import contents, orfd
-from shard_helpers import program as prepare
+from shard_helpers import contents, orfd, prepare
 
 from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
 from tqdm_seg.deploy.folder import save_model_folder
@@ -191,7 +190,7 @@ def test_every_file_of_a_training_arrives_byte_for_byte_with_its_card(hub, tmp_p
     data = tmp_path / "data"
     orfd(tmp_path / "raw", size=32, split="training")
     orfd(tmp_path / "raw", size=32, split="validation", scene="y0609_1947")
-    prepare("prepare_orfd").main([str(tmp_path / "raw"), str(data), "--workers", "1"])
+    prepare("orfd", tmp_path / "raw", data)
     micro_model(id2label=CLASSES, vision_config={"drop_path_rate": 0}).save_pretrained(tmp_path / "start")
     TqdmImageProcessor().save_pretrained(tmp_path / "start")
     options = f"--model {tmp_path / 'start'} --data {data} --out {tmp_path / 'run'} --steps 1 --crop 32 --min-pixels 9"

@@ -1,6 +1,5 @@
 """Every recipe: its commands pass the real parsers with the published values, its header says cost and figures."""
 
-import argparse
 import os
 import re
 import shlex
@@ -12,15 +11,17 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
-from shard_helpers import orfd
-from shard_helpers import program as prepare
+from shard_helpers import LISTS, orfd, prepare
 
+from tqdm_seg.commands import COMMANDS, named
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
+from tqdm_seg.data.options import PrepareOptions
 from tqdm_seg.deploy.convert import parse_args as convert_args
 from tqdm_seg.evaluation.evaluate import make_parser as evaluate_parser
 from tqdm_seg.evaluation.groups import read_attributes
 from tqdm_seg.evaluation.sets import parse_set
 from tqdm_seg.layers_tqdm import TqdmBaseModel
+from tqdm_seg.program import parse
 from tqdm_seg.train import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -115,14 +116,9 @@ def header(name: str) -> dict[str, str]:
     return found
 
 
-def prepare_args(name: str, argv: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """The arguments that a program of dataset_scripts/ makes of its command line, without doing its work."""
-    caught = []
-    for module in (prepare("prepare_orfd"), prepare(name)):  # prepare_road3d.py calls prepare_orfd.py
-        monkeypatch.setattr(module, "prepare", lambda args, *_, **__: caught.append(args), raising=False)
-        monkeypatch.setattr(module, "scan", lambda *_: [], raising=False)
-    prepare(name).main(argv)
-    return caught[0]
+def prepare_options(name: str, argv: list[str]) -> PrepareOptions:
+    """The options that a program of dataset_scripts/ makes of its command line."""
+    return parse(named(COMMANDS[name.replace("_", " ")].options), "", argv)
 
 
 # -- what is there --------------------------------------------------------------------------------------
@@ -211,7 +207,7 @@ def test_all_data_is_prepared_with_the_published_choices(name, commands, monkeyp
     made = {}
     for words in commands[name]:
         if match := re.search(r"(prepare_\w+)\.py$", words[0]):
-            args = prepare_args(match[1], words[1:], monkeypatch)
+            args = prepare_options(match[1], words[1:])
             made[str(args.out)] = args
             published = {
                 "splits": "robustnet",
@@ -291,8 +287,7 @@ def variables(tmp_path) -> dict[str, str]:
         folder = orfd(tmp_path / "raw" / "road3d", scene=scene, split="testing", frames=2) / "testing" / scene
         for file in sorted(folder.rglob("*.png")):
             file.rename(file.with_name(digit + file.name[1:]))  # no two frames have the same time
-    folders = [str(tmp_path / "raw" / "orfd"), str(tmp_path / "data" / "orfd")]
-    prepare("prepare_orfd").main([*folders, "--workers", "1"])
+    prepare("orfd", tmp_path / "raw" / "orfd", tmp_path / "data" / "orfd")
     (tmp_path / "start").mkdir()
     places = {"RAW": "raw", "DATA": "data", "START": "start", "RUN": "run"}
     path = f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -321,12 +316,12 @@ def test_road3d_scenes_that_were_trained_on_are_told_from_the_others(tmp_path, v
     assert result.returncode == 0, result.stdout + result.stderr
     assert "LEAKS: same scene 1" in result.stdout and "TEST evaluate_tqdm.py" in result.stdout
     groups = {row["scene"]: row["seen"] for row in read_attributes(tmp_path / "run" / "seen.csv").values()}
-    listed = (ROOT / "dataset_scripts/scene_lists/road3d_test_scenes.txt").read_text().split()
+    listed = (LISTS / "scenes/road3d_test_scenes.txt").read_text().split()
     assert groups == dict.fromkeys(listed, "no") | {"x0613_1627": "yes"}
 
 
 def test_the_recipe_names_the_seen_scenes_of_the_list():
-    seen = (ROOT / "dataset_scripts/scene_lists/road3d_orfd_overlap_scenes.txt").read_text().split()
+    seen = (LISTS / "scenes/road3d_orfd_overlap_scenes.txt").read_text().split()
     assert len(seen) == 3 and all(scene in header("road3d_clip_vit_b")["Setting"] for scene in seen)
 
 

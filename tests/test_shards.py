@@ -14,20 +14,21 @@ import pytest
 from datasets import Image, load_dataset
 from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
-from shard_helpers import contents, orfd, photo, program, save
+from shard_helpers import call, contents, orfd, photo, prepare, save
 
-from tqdm_seg.data.files import write_whole
+from tqdm_seg.data.check import find_problem
+from tqdm_seg.data.files import write_file
 from tqdm_seg.data.shards import (
     FORMAT_VERSION,
     ROW_GROUP_ROWS,
-    Row,
+    StoredFrame,
+    check_same_labels,
     describe_shard,
     features,
     index_schema,
     read_frame,
     read_index,
     read_manifest,
-    refuse_mixed_labels,
     write_shard,
 )
 
@@ -44,7 +45,7 @@ def source(tmp_path_factory) -> Path:
 def prepared(source, tmp_path_factory) -> Path:
     """The dataset folder of `source`, not to be changed."""
     out = tmp_path_factory.mktemp("prepared") / "out"
-    program("prepare_orfd").main([str(source), str(out), "--rows-per-shard", "40", "--workers", "1"])
+    prepare("orfd", source, out, "--rows-per-shard", 40)
     return out
 
 
@@ -58,7 +59,7 @@ def out(prepared, tmp_path) -> Path:
 
 
 def check(out: Path) -> None:
-    program("check_shards").main([str(out), "--workers", "1"])
+    call("check", out, "--workers", 1)
 
 
 # -- reading --------------------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ def test_index_and_frames_are_read_from_remote_storage(prepared, source):
 
 def test_linked_frames_are_read_from_where_they_lie(source, tmp_path):
     out = tmp_path / "out"
-    program("prepare_orfd").main([str(source), str(out), "--link", "--workers", "1"])
+    prepare("orfd", source, out, "--link")
     index = read_index(out)
     key = index.table["key"][7].as_py()
     assert read_frame(index, 7)[0] == (source / key).read_bytes()
@@ -207,24 +208,22 @@ def test_damaged_bytes_are_noticed_when_a_frame_is_read(out):
 def test_only_datasets_of_the_same_classes_and_maps_go_together():
     orfd_map, other = {"name": "orfd/merged", "sha256": "1"}, {"name": "orfd/ignored", "sha256": "2"}
     street = {"dataset": "GTA5", "classes": ["road"], "label_map": {"name": "gta5_ids/19", "sha256": "3"}}
-    refuse_mixed_labels(
-        [street, street | {"dataset": "SYNTHIA", "label_map": {"name": "synthia_ids/19", "sha256": "4"}}]
-    )
+    check_same_labels([street, street | {"dataset": "SYNTHIA", "label_map": {"name": "synthia_ids/19", "sha256": "4"}}])
     with pytest.raises(ValueError, match="orfd/merged and orfd/ignored"):
-        refuse_mixed_labels([street | {"label_map": orfd_map}, street | {"label_map": other}])
+        check_same_labels([street | {"label_map": orfd_map}, street | {"label_map": other}])
     with pytest.raises(ValueError, match="different class lists"):
-        refuse_mixed_labels([street, street | {"dataset": "ORFD", "classes": ["mud"]}])
+        check_same_labels([street, street | {"dataset": "ORFD", "classes": ["mud"]}])
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path):
-    write_whole(tmp_path / "a", b"old")
+    write_file(tmp_path / "a", b"old")
     with pytest.raises(TypeError):
-        write_whole(tmp_path / "a", "text")
+        write_file(tmp_path / "a", "text")
     assert contents(tmp_path) == {"a": b"old"}
 
     def rows():
         for i in range(ROW_GROUP_ROWS + 1):
-            yield Row(str(i), "", 1, 1, b"image", "a.png", b"label", np.array([1]))
+            yield StoredFrame(str(i), "", 1, 1, b"image", "a.png", b"label", np.array([1]))
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError):
@@ -264,7 +263,7 @@ def test_check_names_missing_cut_and_foreign_files(out):
     with pytest.raises(ValueError) as error:
         check(out)
     assert "train-00001-of-00002.parquet row 0 (" in str(error.value) and "cannot be read" in str(error.value)
-    assert "test-00001-of-00002.parquet is in no manifest" in str(error.value)
+    assert "data/test-00001-of-00002.parquet" in str(error.value)
     shard.unlink()
     with pytest.raises(ValueError, match="train-00001-of-00002.parquet is missing"):
         check(out)
@@ -275,7 +274,7 @@ def test_check_notices_a_changed_footer(out):
     content = shard.read_bytes()
     position = content.rindex(b"made_from")
     shard.write_bytes(content[:position] + b"made_FROM" + content[position + 9 :])
-    with pytest.raises(ValueError, match="another checksum than the manifest, though every row is as recorded"):
+    with pytest.raises(ValueError, match="another checksum than the manifest, though every row is correct"):
         check(out)
 
 
@@ -284,7 +283,7 @@ def test_check_notices_a_changed_footer(out):
     [
         ([[0, 1, 7]], [1, 1], (1, 3), r"row 1 \(b\): the label holds the ids \[7\], classes are 0 ... 1"),
         ([[0, 1, 1]], [2, 1], (1, 3), r"row 1 \(b\): the label has \[1, 2\] pixels per class, recorded \[2, 1\]"),
-        ([[0, 1, 1]], [1, 2], (1, 4), r"row 1 \(b\): picture \(3, 1\) and label \(3, 1\) do not have the size"),
+        ([[0, 1, 1]], [1, 2], (1, 4), r"row 1 \(b\): image \(3, 1\) and label \(3, 1\) do not have the size"),
     ],
 )
 def test_check_names_rows_whose_content_is_wrong_from_the_start(tmp_path, labels, counts, size, message):
@@ -293,13 +292,13 @@ def test_check_names_rows_whose_content_is_wrong_from_the_start(tmp_path, labels
     good = save(tmp_path / "good.png", [[0, 1, 255]]).read_bytes()
     bad = save(tmp_path / "bad.png", labels).read_bytes()
     rows = [
-        Row("a", "", 1, 3, image, "a.png", good, np.array([1, 1])),
-        Row("b", "", *size, image, "b.png", bad, np.array(counts)),
+        StoredFrame("a", "", 1, 3, image, "a.png", good, np.array([1, 1])),
+        StoredFrame("b", "", *size, image, "b.png", bad, np.array(counts)),
     ]
     path = tmp_path / "data" / "train-00000-of-00001.parquet"
     write_shard(path, iter(rows), 2, {})
     shard = describe_shard(path, "train", 0)
-    assert program("check_shards").check_shard(tmp_path, 2, shard.record, shard.index.slice(0, 1)).startswith("index")
-    problem = program("check_shards").check_shard(tmp_path, 2, shard.record, shard.index)
+    assert find_problem(tmp_path, 2, shard.record, shard.index.slice(0, 1)).startswith("index")
+    problem = find_problem(tmp_path, 2, shard.record, shard.index)
     with pytest.raises(ValueError, match=message):
         raise ValueError(problem)

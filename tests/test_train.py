@@ -11,8 +11,7 @@ from accelerate.state import AcceleratorState
 from conftest import micro_model
 from PIL import Image
 from safetensors.torch import load_file
-from shard_helpers import photo, save
-from shard_helpers import program as prepare
+from shard_helpers import photo, prepare, save
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 import tqdm_seg.train as program
@@ -55,7 +54,7 @@ def data(tmp_path_factory) -> Path:
             Image.fromarray(image).save(root / split / f"x_{split}" / "image_data" / f"{i}.png")
             Image.fromarray(labels).save(root / split / f"x_{split}" / "gt_image" / f"{i}_fillcolor.png")
     out = tmp_path_factory.mktemp("data") / "orfd"
-    prepare("prepare_orfd").main([str(root), str(out), "--workers", "1"])
+    prepare("orfd", root, out)
     return out
 
 
@@ -249,9 +248,9 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
         photo(tmp_path / "images" / split / "a.png", 40, 40)
         save(tmp_path / "masks" / split / "a.png", np.arange(1600).reshape(40, 40) // 534)
     (tmp_path / "classes.txt").write_text("traversable\ncar\ntrain\n")
-    folders = [tmp_path / name for name in ("images", "masks", "shards")]
-    prepare("prepare_folder").main([*map(str, folders), "--classes", str(tmp_path / "classes.txt"), "--workers", "1"])
-    more = ("--data", str(folders[2]), "--steps", "1", "--save-every", "0", "--lr", "1e-12")
+    shards, names = tmp_path / "shards", tmp_path / "classes.txt"
+    prepare("folder", tmp_path / "images", shards, tmp_path / "masks", "--class-file", names)
+    more = ("--data", str(shards), "--steps", "1", "--save-every", "0", "--lr", "1e-12")
     results = main(arguments(tmp_path / "run", *more))
     assert list(results["iou"]) == ["traversable", "car", "train"]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))

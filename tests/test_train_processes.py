@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import micro_model
 from safetensors.torch import load_file
-from shard_helpers import orfd, program
+from shard_helpers import orfd, prepare
 
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -30,7 +30,7 @@ def fixed(tmp_path_factory) -> list[str]:
     save_model_folder(micro_model(id2label=classes, num_points=36), TqdmImageProcessor(), folder / "start")
     orfd(folder / "raw", 6, size=40)
     orfd(folder / "raw", 3, scene="y0613_1304", split="validation", size=40)
-    program("prepare_orfd").main([str(folder / "raw"), str(folder / "data"), "--workers", "1"])
+    prepare("orfd", folder / "raw", folder / "data")
     options = f"""--model {folder / "start"} --data {folder / "data"} --steps 4 --crop 32 --min-pixels 50 --lr 1e-3
         --warmup-steps 2 --overlays 0 --tracker none --log-every 1 --save-every 2"""
     return options.split()

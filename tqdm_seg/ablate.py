@@ -22,7 +22,7 @@ from tqdm_seg.train import train
 
 from .data.files import example, write_file
 from .data.frames import FrameDataset, frame_loader
-from .data.sources import folder as prepare_folder
+from .data.sources.folder import prepare_folder
 from .evaluation.evaluate import score_frames
 from .program import takes
 from .training.options import AblateOptions
@@ -59,8 +59,7 @@ def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
 def unseen_frames(out: Path) -> FrameDataset:
     """The five dashcam frames, prepared."""
     comma, folder = example("comma10k"), out / "comma10k"
-    places = [str(path) for path in (comma / "images", comma / "masks", folder)]
-    prepare_folder.main([*places, "--classes", str(comma / "classes.csv")])
+    prepare_folder(root=comma / "images", masks=comma / "masks", out=folder, class_file=comma / "classes.csv")
     return FrameDataset(str(folder), "test")
 
 

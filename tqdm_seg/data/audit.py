@@ -1,23 +1,17 @@
-"""Scenes, frames and pictures that two sets have in common, for test sets that must not have been trained on.
+"""Scenes, frames and images that two sets have in common: `tqdm-seg audit`."""
 
-    python dataset_scripts/audit_splits.py TEST TRAINING --minutes 10 --json leaks.json
+import sys
 
-Each set is one of
-    a text file    one name per line: scenes (x0613_1627), or frames by file name or path (00001.png)
-    a folder       with pictures in it or below, as ORFD/training; where there are image_data folders, only those count
-    a shard folder written by a prepare_... program; FOLDER:SPLIT is one split of it
+from ..commands import start
 
-Scenes of a folder are the folders that are named after a recording time or hold image_data. Folders must hold images
-without their label pictures. Exit status: 0 nothing found, 1 leaks found, 2 bad input, pictures that cannot be read
-among it (the others are compared). The order of the sets, and of the names in them, makes no difference.
-"""
+if __name__ == "__main__":
+    sys.exit(start("audit"))
 
-import argparse
+
 import csv
 import io
 import json
 import os
-import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -31,19 +25,23 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from .files import write_whole
-from .images import turned
+from ..program import takes
+from .files import write_file
+from .images import apply_orientation
+from .options import AuditOptions
 from .scenes import frame_stamp, minutes_apart, recording_time, scene_identity
 from .shards import read_frame, read_index
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Folders that say which part of a data set a frame belongs to, and nothing about what it shows.
 SPLIT_FOLDERS = ("test", "testing", "train", "training", "val", "valid", "validation")
+# Exit statuses: some images could not be read; something was found.
+UNREADABLE, LEAKS = 1, 3
 # Rows of each check that are printed; --json and --csv get all of them.
 PRINTED_ROWS = 20
-# Perceptual hash: a picture is shrunk to GRID x GRID grey pixels, of whose frequencies the lowest HASH x HASH count.
+# Perceptual hash: an image is shrunk to GRID x GRID grey pixels, of whose frequencies the lowest HASH x HASH count.
 GRID, HASH = 32, 8
-# Grey levels (standard deviation over the grid) below which a picture shows nothing that could be recognised.
+# Grey levels (standard deviation over the grid) below which an image shows nothing that could be recognised.
 FLAT = 1.0
 
 
@@ -75,16 +73,16 @@ NEAR_FRAME = Check(
     "Sees, for every frame named by a 13-digit millisecond stamp, the nearest other frame within N minutes, as far as"
     " the camera's clock was right; blind to frames with other names.",
 )  # fmt: skip
-PICTURES = Check(
-    "near-duplicate pictures", "bits",
-    "Sees, for every picture, the most similar one if it is the same at another size, compression or brightness "
+IMAGES = Check(
+    "near-duplicate images", "bits",
+    "Sees, for every image, the most similar one if it is the same at another size, compression or brightness "
     "(short of clipping), or its close neighbour in a drive; blind to cropped, mirrored and turned ones, and to one "
     "place seen from elsewhere.",
 )  # fmt: skip
 
 
-class Frame(NamedTuple):
-    """A frame by its path or key. `scene` is empty where unknown, `read` gives the picture file's bytes if any."""
+class NamedFrame(NamedTuple):
+    """A frame by its path or key. `scene` is empty where unknown, `read` gives the image file's bytes if any."""
 
     name: str
     scene: str
@@ -96,7 +94,7 @@ class FrameSet:
     """One of the two sets: its frames, and the names of its scenes, those of the frames included; both get sorted."""
 
     source: str
-    frames: list[Frame]
+    frames: list[NamedFrame]
     scenes: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -118,7 +116,7 @@ class Finding(NamedTuple):
 
 
 @dataclass
-class Result:
+class CheckResult:
     """The answer of one check. `skipped` says why there is none; `notes` what was left out of it."""
 
     check: Check
@@ -145,7 +143,7 @@ def read_set(source: str) -> FrameSet:
         return read_folder(source)
     if path.is_file():
         return read_list(source)
-    raise FileNotFoundError(f"there is no file or folder {source}")
+    raise FileNotFoundError(f"file or folder not found: {source}")
 
 
 def is_shard_folder(path: Path) -> bool:
@@ -154,12 +152,12 @@ def is_shard_folder(path: Path) -> bool:
 
 
 def read_list(source: str) -> FrameSet:
-    """Names from a text file: frames if they end like pictures or have 13 digits, else scenes (the end of a path)."""
+    """Names from a text file: frames if they end like images or have 13 digits, else scenes (the end of a path)."""
     try:
         lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no text file; give a list of names, or a folder") from error
-    frames: list[Frame] = []
+    frames: list[NamedFrame] = []
     scenes: list[str] = []
     seen: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
@@ -169,7 +167,7 @@ def read_list(source: str) -> FrameSet:
         try:
             if path.suffix.lower() in IMAGE_SUFFIXES or frame_stamp(path.name) is not None:
                 identity = str(path)
-                frames.append(Frame(identity, scene_of(path.parts[:-1])))
+                frames.append(NamedFrame(identity, scene_of(path.parts[:-1])))
             else:
                 identity = scene_identity(path.name)
                 scenes.append(path.name)
@@ -177,7 +175,7 @@ def read_list(source: str) -> FrameSet:
             raise ValueError(f"{source}, line {number}: {error}") from error
         where = f"{path} in line {number}"
         if identity in seen:
-            raise ValueError(f"{source} names {identity} twice, as {seen[identity]} and as {where}; leave one out")
+            raise ValueError(f"{source} lists {identity} twice, as {seen[identity]} and as {where}; leave one out")
         seen[identity] = where
     if not seen:
         raise ValueError(f"{source} is empty; it must hold a name per line")
@@ -185,7 +183,7 @@ def read_list(source: str) -> FrameSet:
 
 
 def read_folder(source: str) -> FrameSet:
-    """Pictures in a folder and below it, links followed, hidden files left out; OSError where a folder is closed."""
+    """Images in a folder and below it, links followed, hidden files left out; OSError where a folder is closed."""
 
     def refuse(error: OSError) -> None:
         raise error  # os.walk would go on without the folder, and the audit would call it clean
@@ -199,7 +197,7 @@ def read_folder(source: str) -> FrameSet:
         visited.add(os.path.realpath(folder))
         paths += [Path(folder, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
     if not paths:
-        raise FileNotFoundError(f"{source} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
+        raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     in_layout = [path for path in paths if path.parent.name == "image_data"]
     frames = []
     for path in in_layout or paths:
@@ -208,7 +206,7 @@ def read_folder(source: str) -> FrameSet:
             scene = scene_of(name.parent.parts, above=root.parts[-2:])
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        frames.append(Frame(name.as_posix(), scene, partial(Path.read_bytes, path)))
+        frames.append(NamedFrame(name.as_posix(), scene, partial(Path.read_bytes, path)))
     return FrameSet(source, frames)
 
 
@@ -216,11 +214,11 @@ def read_shards(source: str, folder: str, split: str | None) -> FrameSet:
     """Frames of a prepared data set, or of one split of it, by its index."""
     index = read_index(folder, split)
 
-    def picture(row: int) -> bytes:
+    def image(row: int) -> bytes:
         return read_frame(index, row)[0]
 
     names = zip(index.table["key"].to_pylist(), index.table["scene"].to_pylist(), strict=True)
-    found = FrameSet(source, [Frame(key, scene, partial(picture, row)) for row, (key, scene) in enumerate(names)])
+    found = FrameSet(source, [NamedFrame(key, scene, partial(image, row)) for row, (key, scene) in enumerate(names)])
     if not found.frames:
         raise ValueError(f"{source} holds no frames")
     for scene in found.scenes:
@@ -249,36 +247,36 @@ def scene_of(folders: Sequence[str], above: Sequence[str] = ()) -> str:
 # -- the checks -----------------------------------------------------------------------------------------
 
 
-def check_same_scene(first: FrameSet, second: FrameSet) -> Result:
+def find_same_scenes(first: FrameSet, second: FrameSet) -> CheckResult:
     """Scenes of both sets, exactly or by `scene_identity`."""
     missing = without("scene names", first.scenes, second.scenes)
     if missing:
-        return Result(SAME_SCENE, skipped=missing)
+        return CheckResult(SAME_SCENE, skipped=missing)
     by_identity = defaultdict(list)
     for b in second.scenes:
         by_identity[scene_identity(b)].append(b)
     pairs = [(a, b) for a in first.scenes for b in by_identity[scene_identity(a)]]
     findings = [Finding(a, b, None, "exact" if a == b else "prefix-normalised") for a, b in pairs]
-    return Result(SAME_SCENE, findings, notes=timeless(first, second, "compared as they stand"))
+    return CheckResult(SAME_SCENE, findings, notes=timeless(first, second, "compared unchanged"))
 
 
-def check_near_scenes(first: FrameSet, second: FrameSet, minutes: float | None) -> Result:
+def find_near_scenes(first: FrameSet, second: FrameSet, minutes: float | None) -> CheckResult:
     """Scenes of which one began at most `minutes` after the other, without those that are the same."""
     if minutes is None:
-        return Result(NEAR_SCENE, skipped="give --minutes N")
+        return CheckResult(NEAR_SCENE, skipped="give --minutes N")
     times_of_first, times_of_second = (
         {name: time for name in part.scenes if (time := recording_time(name)) is not None} for part in (first, second)
     )
     missing = without("scene names with a time", times_of_first, times_of_second)
     if missing:
-        return Result(NEAR_SCENE, skipped=missing)
+        return CheckResult(NEAR_SCENE, skipped=missing)
     findings = []
     for a, time_a in times_of_first.items():
         for b, time_b in times_of_second.items():
             apart = minutes_apart(time_a, time_b)
             if apart <= minutes and scene_identity(a) != scene_identity(b):
                 findings.append(Finding(a, b, apart, "" if time_a.year and time_b.year else "a year is missing"))
-    return Result(NEAR_SCENE, findings, notes=timeless(first, second, "not compared"))
+    return CheckResult(NEAR_SCENE, findings, notes=timeless(first, second, "not compared"))
 
 
 def timeless(first: FrameSet, second: FrameSet, consequence: str) -> list[str]:
@@ -292,11 +290,11 @@ def timeless(first: FrameSet, second: FrameSet, consequence: str) -> list[str]:
     return notes
 
 
-def check_same_frame(first: FrameSet, second: FrameSet) -> Result:
+def find_same_frames(first: FrameSet, second: FrameSet) -> CheckResult:
     """Frames of both sets by `frame_identities`."""
     missing = without("frames", first.frames, second.frames)
     if missing:
-        return Result(SAME_FRAME, skipped=missing)
+        return CheckResult(SAME_FRAME, skipped=missing)
     by_path = any(names_repeat(part.frames) for part in (first, second))
     by_identity = defaultdict(list)
     for frame in second.frames:
@@ -305,10 +303,10 @@ def check_same_frame(first: FrameSet, second: FrameSet) -> Result:
     for frame in first.frames:
         identity = frame_identity(frame, by_path)
         findings += [Finding(frame.name, name, None, identity[0]) for name in by_identity[identity]]
-    return Result(SAME_FRAME, findings)
+    return CheckResult(SAME_FRAME, findings)
 
 
-def frame_identity(frame: Frame, by_path: bool) -> tuple[str, ...]:
+def frame_identity(frame: NamedFrame, by_path: bool) -> tuple[str, ...]:
     """What two names of one frame have in common, behind a word for what it is.
 
     by_path: a frame outside recordings goes by its whole path, not by its file name alone.
@@ -323,25 +321,25 @@ def frame_identity(frame: Frame, by_path: bool) -> tuple[str, ...]:
     return "file name", path.stem
 
 
-def names_repeat(frames: Sequence[Frame]) -> bool:
+def names_repeat(frames: Sequence[NamedFrame]) -> bool:
     """Whether file names alone do not tell frames apart, as where every folder counts from 0."""
     return max(Counter(frame_identity(frame, by_path=False) for frame in frames).values()) > 1
 
 
-def check_near_frames(first: FrameSet, second: FrameSet, minutes: float | None) -> Result:
+def find_near_frames(first: FrameSet, second: FrameSet, minutes: float | None) -> CheckResult:
     """For every stamped frame the nearest one of the other set, if at most `minutes` away; equal stamps left out."""
     if minutes is None:
-        return Result(NEAR_FRAME, skipped="give --minutes N")
+        return CheckResult(NEAR_FRAME, skipped="give --minutes N")
     stamped = []
     for part in (first, second):
         stamps = ((frame_stamp(PurePosixPath(frame.name).stem), frame.name) for frame in part.frames)
         stamped.append(sorted((stamp, name) for stamp, name in stamps if stamp is not None))
     missing = without("frames named by a millisecond stamp", *stamped)
     if missing:
-        return Result(NEAR_FRAME, skipped=missing)
+        return CheckResult(NEAR_FRAME, skipped=missing)
     limit = round(minutes * 60_000)
     pairs = nearest_stamps(*stamped, limit) | {f.mirrored() for f in nearest_stamps(*reversed(stamped), limit)}
-    return Result(NEAR_FRAME, list(pairs))
+    return CheckResult(NEAR_FRAME, list(pairs))
 
 
 def nearest_stamps(stamped: list[tuple[int, str]], others: list[tuple[int, str]], limit: int) -> set[Finding]:
@@ -358,26 +356,26 @@ def nearest_stamps(stamped: list[tuple[int, str]], others: list[tuple[int, str]]
     return found
 
 
-def check_pictures(first: FrameSet, second: FrameSet, distance: int, wanted: bool) -> tuple[Result, list[str]]:
-    """Near-duplicates, and a message for every picture that could not be read."""
+def compare_images(first: FrameSet, second: FrameSet, distance: int, wanted: bool) -> tuple[CheckResult, list[str]]:
+    """Near-duplicates, and a message for every image that could not be read."""
     if not wanted:
-        return Result(PICTURES, skipped="--no-pictures was given"), []
-    missing = without("pictures", *([f for f in part.frames if f.read is not None] for part in (first, second)))
+        return CheckResult(IMAGES, skipped="--no-images was given"), []
+    missing = without("images", *([f for f in part.frames if f.read is not None] for part in (first, second)))
     if missing:
-        return Result(PICTURES, skipped=missing), []
-    sides = hash_pictures(first), hash_pictures(second)
-    result, problems = Result(PICTURES), []
+        return CheckResult(IMAGES, skipped=missing), []
+    sides = hash_images(first), hash_images(second)
+    result, problems = CheckResult(IMAGES), []
     for part, side in zip((first, second), sides, strict=True):
         problems += [f"{part.source}: {problem}" for problem in side.problems]
         if side.flat:
-            result.notes.append(f"{side.flat} pictures of {part.source} are of one even colour, not compared")
+            result.notes.append(f"{side.flat} images of {part.source} are of one even colour, not compared")
     for i, j, differing in nearest_hashes(sides[0].bits, sides[1].bits, distance):
         result.findings.append(Finding(sides[0].names[i], sides[1].names[j], differing, ""))
     return result, problems
 
 
 class Hashes(NamedTuple):
-    """Names of a set's pictures and their hashes (n, 64) bool, without `flat` of one even colour and the unreadable."""
+    """Names of a set's images and their hashes (n, 64) bool, without `flat` of one even colour and the unreadable."""
 
     names: list[str]
     bits: np.ndarray
@@ -385,11 +383,11 @@ class Hashes(NamedTuple):
     problems: list[str]
 
 
-def hash_pictures(part: FrameSet) -> Hashes:
-    """`picture_hash` of every frame of a set whose frames have pictures, on all cores."""
+def hash_images(part: FrameSet) -> Hashes:
+    """`image_hash` of every frame of a set whose frames have images, on all cores."""
     with ThreadPoolExecutor() as pool:  # threads: Pillow decodes and shrinks outside Python's lock
         hashed = pool.map(hash_or_problem, part.frames)
-        found = list(tqdm(hashed, part.source, len(part.frames), unit="picture", disable=None))
+        found = list(tqdm(hashed, part.source, len(part.frames), unit="image", disable=None))
     named = [(f.name, bits) for f, bits in zip(part.frames, found, strict=True) if isinstance(bits, np.ndarray)]
     return Hashes(
         [name for name, _ in named],
@@ -399,21 +397,21 @@ def hash_pictures(part: FrameSet) -> Hashes:
     )
 
 
-def hash_or_problem(frame: Frame) -> np.ndarray | None | str:
-    """`picture_hash`, or what is wrong with the picture: one bad file among thousands must not stop the others."""
+def hash_or_problem(frame: NamedFrame) -> np.ndarray | None | str:
+    """`image_hash`, or what is wrong with the image: one bad file among thousands must not stop the others."""
     try:
-        return picture_hash(frame.read())
+        return image_hash(frame.read())
     except UnidentifiedImageError:  # its own text is an address in memory
-        reason = "no known kind of picture"
+        reason = "not an image of a known format"
     except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
         reason = str(error)
     return f"cannot read {frame.name} ({reason}); copy the file anew, convert it or remove it"
 
 
-def picture_hash(content: bytes) -> np.ndarray | None:
-    """Perceptual hash (64,) bool: which low frequencies of the grey picture are above their median.
+def image_hash(content: bytes) -> np.ndarray | None:
+    """Perceptual hash (64,) bool: which low frequencies of the grey image are above their median.
 
-    Unlike differences of neighbouring pixels it hardly feels compression noise in skies and snow. None for a picture of
+    Unlike differences of neighbouring pixels it hardly feels compression noise in skies and snow. None for an image of
     one even colour, where only noise would be hashed. Raises ValueError for more than 8 bits of grey, and what Pillow
     raises for files that it cannot read.
     """
@@ -422,9 +420,9 @@ def picture_hash(content: bytes) -> np.ndarray | None:
             raise ValueError(f"mode {image.mode}, more than 8 bits")
         # JPEG is decoded small at once. Not below 4 x GRID: at 2 x GRID fine textures change up to 12 bits.
         image.draft("L", (4 * GRID, 4 * GRID))
-        # HAMMING: of Pillow's filters the one under which a picture's hash changes least with its size.
+        # HAMMING: of Pillow's filters the one under which an image's hash changes least with its size.
         small = image.convert("L").resize((GRID, GRID), Image.Resampling.HAMMING)
-        grey = turned(np.asarray(small), image.getexif().get(ExifTags.Base.Orientation)).astype(np.float64)
+        grey = apply_orientation(np.asarray(small), image.getexif().get(ExifTags.Base.Orientation)).astype(np.float64)
     if grey.std() < FLAT:
         return None
     frequencies = (_COSINES @ grey @ _COSINES.T).ravel()
@@ -449,13 +447,13 @@ def nearest_hashes(
     a, b = (np.where(bits, np.float32(1), np.float32(-1)) for bits in (first, second))
     of_first = np.empty(len(a), np.int64)
     of_second, best = np.zeros(len(b), np.int64), np.full(len(b), -np.inf, np.float32)
-    for start in range(0, len(a), block):
-        agreement = a[start : start + block] @ b.T  # (block, m)
-        of_first[start : start + block] = agreement.argmax(1)
+    for row in range(0, len(a), block):
+        agreement = a[row : row + block] @ b.T  # (block, m)
+        of_first[row : row + block] = agreement.argmax(1)
         rows = agreement.argmax(0)
         values = agreement[rows, np.arange(len(b))]
         better = values > best
-        of_second[better], best[better] = rows[better] + start, values[better]
+        of_second[better], best[better] = rows[better] + row, values[better]
     pairs = {*zip(range(len(a)), of_first.tolist(), strict=True), *zip(of_second.tolist(), range(len(b)), strict=True)}
     differing = ((i, j, int((first[i] != second[j]).sum())) for i, j in sorted(pairs))
     return [found for found in differing if found[2] <= distance]
@@ -470,7 +468,7 @@ def without(what: str, first: Sequence[object], second: Sequence[object]) -> str
 # -- the report -----------------------------------------------------------------------------------------
 
 
-def print_report(first: FrameSet, second: FrameSet, results: list[Result]) -> None:
+def print_report(first: FrameSet, second: FrameSet, results: list[CheckResult]) -> None:
     """What was found, check by check, and one line in the end."""
     sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     for title, part in (("first ", first), ("second", second)):
@@ -485,7 +483,7 @@ def print_report(first: FrameSet, second: FrameSet, results: list[Result]) -> No
     print(f"\nLEAKS: {', '.join(leaks)}" if leaks else f"\nno leak; checked: {', '.join(made)}")
 
 
-def print_findings(result: Result) -> None:
+def print_findings(result: CheckResult) -> None:
     """The first findings of a check as a table."""
     if not result.findings:
         return
@@ -498,7 +496,7 @@ def print_findings(result: Result) -> None:
         print(f"    ... and {len(result.findings) - PRINTED_ROWS} more, all in --json and --csv")
 
 
-def summary(result: Result) -> str:
+def summary(result: CheckResult) -> str:
     """How much a check found."""
     if result.skipped is not None:
         return f"not checked, {result.skipped}"
@@ -508,19 +506,19 @@ def summary(result: Result) -> str:
     return f"{counts[0]} of the first set, {counts[1]} of the second"
 
 
-def found_text(finding: Finding, result: Result) -> str:
+def found_text(finding: Finding, result: CheckResult) -> str:
     """Amount and note in words."""
     amount = "" if finding.amount is None else f"{finding.amount:g} {result.check.unit}"
     return ", ".join(filter(None, (amount, finding.note)))
 
 
 def as_json(
-    first: FrameSet, second: FrameSet, results: list[Result], args: argparse.Namespace, problems: list[str]
+    first: FrameSet, second: FrameSet, results: list[CheckResult], options: AuditOptions, problems: list[str]
 ) -> str:
     """Everything that was found, and what it takes to find it again."""
     report = {
         "sets": [{"source": s.source, "scenes": len(s.scenes), "frames": len(s.frames)} for s in (first, second)],
-        "options": {"minutes": args.minutes, "distance": args.distance},
+        "options": {"minutes": options.minutes, "distance": options.distance},
         "leaks": any(result.findings for result in results),
         "unreadable": problems,
         "checks": {
@@ -537,7 +535,7 @@ def as_json(
     return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
 
 
-def as_csv(results: list[Result]) -> str:
+def as_csv(results: list[CheckResult]) -> str:
     """One row per finding."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -551,75 +549,35 @@ def as_csv(results: list[Result]) -> str:
 
 def write_report(out: Path, text: str) -> None:
     """The whole file or none; bytes of file names that are no UTF-8 are written as JSON writes them, \\udce9."""
-    write_whole(out, text.encode(errors="backslashreplace"))
+    write_file(out, text.encode(errors="backslashreplace"))
 
 
-def at_least_zero(text: str) -> float:
-    """A number of minutes."""
-    number = float(text)
-    if not 0 <= number < float("inf"):
-        raise ValueError
-    return number
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("first", metavar="FIRST", help="text file, folder, shard folder or FOLDER:SPLIT")
-    add("second", metavar="SECOND", help="the same")
-    add(
-        "--minutes", type=at_least_zero, metavar="N",
-        help="also report recordings and stamped frames at most N minutes apart",
-    )  # fmt: skip
-    add(
-        "--distance", type=int, choices=range(HASH * HASH // 2), default=4, metavar="BITS",
-        help="pictures are near-duplicates up to this many different bits of 64 (default %(default)s). Measured on one "
-        "drive: re-encoded pictures 0 to 4, frames half a second apart 0 to 22, 12 seconds and more 12 to 42",
-    )  # fmt: skip
-    add("--no-pictures", action="store_true", help="compare names only, which takes no time")
-    add("--json", type=Path, metavar="OUT", help="write everything that was found")
-    add("--csv", type=Path, metavar="OUT", help="the same as a table")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Makes all checks that the two sets allow; returns the exit status."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        for out in filter(None, (args.json, args.csv)):
-            if out.is_dir() or not out.resolve().parent.is_dir():
-                raise FileNotFoundError(f"{out} must be a file in a folder that exists")
-        first, second = read_set(args.first), read_set(args.second)
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+@takes(AuditOptions)
+def audit(options: AuditOptions) -> int:
+    """Makes all checks that the two sets allow, prints the report; returns the exit status (see AuditOptions)."""
+    for out in filter(None, (options.json, options.csv)):
+        if out.is_dir() or not out.resolve().parent.is_dir():
+            raise FileNotFoundError(f"{out} must be a file in a folder that exists")
+    first, second = read_set(options.first), read_set(options.second)
+    images, problems = compare_images(first, second, options.distance, wanted=options.images)
     results = [
-        check_same_scene(first, second),
-        check_near_scenes(first, second, args.minutes),
-        check_same_frame(first, second),
-        check_near_frames(first, second, args.minutes),
+        find_same_scenes(first, second),
+        find_near_scenes(first, second, options.minutes),
+        find_same_frames(first, second),
+        find_near_frames(first, second, options.minutes),
+        images,
     ]
-    pictures, problems = check_pictures(first, second, args.distance, wanted=not args.no_pictures)
-    results.append(pictures)
     for result in results:
         result.findings.sort(key=lambda finding: (finding.amount or 0, finding.first, finding.second))
     if all(result.skipped for result in results):
         reasons = "; ".join(f"{result.check.name}: {result.skipped}" for result in results)
-        parser.error(f"{args.first} and {args.second} hold nothing that could be compared. {reasons}")
+        raise ValueError(f"{options.first} and {options.second} hold nothing that could be compared. {reasons}")
     print_report(first, second, results)
-    try:
-        if args.json:
-            write_report(args.json, as_json(first, second, results, args, problems))
-        if args.csv:
-            write_report(args.csv, as_csv(results))
-    except OSError as error:
-        parser.error(f"the report cannot be written: {error}")
+    if options.json:
+        write_report(options.json, as_json(first, second, results, options, problems))
+    if options.csv:
+        write_report(options.csv, as_csv(results))
     if problems:
-        print(f"{len(problems)} pictures were left out:", *problems, sep="\n", file=sys.stderr)
-        return 2
-    return 1 if any(result.findings for result in results) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        print(f"error: {len(problems)} images could not be read:", *problems, sep="\n", file=sys.stderr)
+        return UNREADABLE
+    return LEAKS if any(result.findings for result in results) else 0

@@ -9,7 +9,6 @@ if __name__ == "__main__":
 
 
 import hashlib
-import os
 import sys
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -29,16 +28,16 @@ from ..program import takes
 from .images import shown_size
 from .label_maps import IGNORE_INDEX
 from .options import CheckOptions
-from .shards import read_index, read_manifest, refuse_mixed_labels
+from .shards import check_same_labels, read_index, read_manifest
 
 
-def check_folder(folder: Path, workers: int) -> list[str]:
-    """All that is wrong with the folder, in words; raises FileNotFoundError or ValueError without manifest or index."""
+def find_problems(folder: Path, workers: int) -> list[str]:
+    """Everything that is wrong with the folder; raises FileNotFoundError or ValueError without manifest or index."""
     index = read_index(folder)
     manifest = index.manifest
     named = {record["file"] for record in manifest["shards"]}
     problems = [
-        f"{path.relative_to(folder)} is in no manifest, but would be loaded; remove it"
+        f"{path.relative_to(folder)} is not in the manifest, but would be loaded; remove it"
         for path in sorted((folder / "data").glob("*"))
         if path.relative_to(folder).as_posix() not in named
     ]
@@ -48,27 +47,27 @@ def check_folder(folder: Path, workers: int) -> list[str]:
     for record in manifest["shards"]:  # the index has their order
         parts.append(index.table.slice(first, record["rows"]))
         first += record["rows"]
-    check = partial(check_shard, folder, len(manifest["classes"]))
+    find = partial(find_problem, folder, len(manifest["classes"]))
     with tqdm(total=len(index), unit="frame", desc=folder.name) as bar:
-        for record, problem in zip(manifest["shards"], _map(check, manifest["shards"], parts, workers), strict=True):
+        for record, problem in zip(manifest["shards"], _map(find, manifest["shards"], parts, workers), strict=True):
             problems += [problem] if problem else []
             bar.update(record["rows"])
     return problems
 
 
-def _map(check: Any, records: list[dict[str, Any]], parts: list[pa.Table], workers: int) -> Any:
+def _map(find: Any, records: list[dict[str, Any]], parts: list[pa.Table], workers: int) -> Any:
     if workers <= 1:
-        yield from map(check, records, parts)
+        yield from map(find, records, parts)
         return
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(check, records, parts)
+        yield from pool.map(find, records, parts)
 
 
-def check_shard(folder: Path, num_classes: int, record: dict[str, Any], index: pa.Table) -> str | None:
+def find_problem(folder: Path, num_classes: int, record: dict[str, Any], index: pa.Table) -> str | None:
     """What is wrong with a shard, naming the first bad row, or None. `index` holds the rows of this shard."""
     path = folder / record["file"]
     if not path.is_file():
-        return f"{record['file']} is missing; run the prepare program again, it makes what is missing"
+        return f"{record['file']} is missing; run the prepare command again"
     content = path.read_bytes()
     if len(content) != record["bytes"]:
         what = f"{record['file']} has {len(content)} bytes, not {record['bytes']}"
@@ -84,7 +83,7 @@ def check_shard(folder: Path, num_classes: int, record: dict[str, Any], index: p
         for group in range(parquet.num_row_groups):
             for stored in parquet.read_row_group(group, use_threads=False).to_pylist():
                 expected = index.slice(row, 1).to_pylist()[0]
-                problem = _check_row(stored, expected, num_classes)
+                problem = _row_problem(stored, expected, num_classes)
                 if problem:
                     return f"{record['file']} row {row} ({expected['key']}): {problem}" + (f"; {what}" if what else "")
                 row += 1
@@ -93,10 +92,10 @@ def check_shard(folder: Path, num_classes: int, record: dict[str, Any], index: p
         return f"{record['file']}{after}: cannot be read ({error})" + (f"; {what}" if what else "")
     if row != record["rows"]:
         return f"{record['file']} has {row} rows, not {record['rows']}"
-    return f"{what}, though every row is as recorded" if what else None
+    return f"{what}, though every row is correct" if what else None
 
 
-def _check_row(stored: dict[str, Any], expected: dict[str, Any], num_classes: int) -> str | None:
+def _row_problem(stored: dict[str, Any], expected: dict[str, Any], num_classes: int) -> str | None:
     for name in ("key", "scene", "height", "width", "class_pixels"):
         if stored[name] != expected[name]:
             return f"{name} is {stored[name]}, in the index {expected[name]}"
@@ -105,16 +104,16 @@ def _check_row(stored: dict[str, Any], expected: dict[str, Any], num_classes: in
         if data is None:
             linked = Path(stored[name]["path"])
             if not linked.is_file():
-                return f"the linked picture {linked} is missing"
+                return f"the linked image {linked} is missing"
             data = linked.read_bytes()
         if zlib.crc32(data) != expected[f"{name}_crc32"]:
             return f"the {name} is not what was written"
         if name == "image":
-            with Image.open(BytesIO(data)) as picture:
-                size = shown_size(picture)
+            with Image.open(BytesIO(data)) as image:
+                size = shown_size(image)
     labels = np.asarray(Image.open(BytesIO(stored["label"]["bytes"])))
     if labels.shape != (expected["height"], expected["width"]) or size != labels.shape[::-1]:
-        return f"picture {size} and label {labels.shape[::-1]} do not have the size recorded (width, height)"
+        return f"image {size} and label {labels.shape[::-1]} do not have the size recorded (width, height)"
     counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)
     strange = np.flatnonzero(counts[num_classes:IGNORE_INDEX]) + num_classes
     if len(strange):
@@ -127,12 +126,12 @@ def _check_row(stored: dict[str, Any], expected: dict[str, Any], num_classes: in
 @takes(CheckOptions)
 def check(options: CheckOptions) -> None:
     """Checks the folders; raises ValueError that lists what is wrong."""
-    refuse_mixed_labels([read_manifest(folder) for folder in options.folders])
+    check_same_labels([read_manifest(folder) for folder in options.folders])
     for folder in options.folders:
-        problems = check_folder(folder, options.workers or os.cpu_count() or 1)
+        problems = find_problems(folder, options.workers)
         if problems:
             raise ValueError(
                 f"{folder} is damaged: {'; '.join(problems)}; delete damaged shards and run the same prepare command "
-                "again: it makes what is missing"
+                "again: it makes the folder again"
             )
-        print(f"{folder}: {len(read_index(folder))} frames, all as recorded", file=sys.stderr)
+        print(f"{folder}: {len(read_index(folder))} frames, all correct", file=sys.stderr)

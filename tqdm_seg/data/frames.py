@@ -1,25 +1,18 @@
-"""Frames of prepared datasets for training and evaluation, and the plan that says which frame is trained on when.
+"""Frames of prepared datasets, and of others that `datasets` reads.
 
-Sample n of a run (n = step * samples per step + row) is a pure function of (seed, n): its class, its frame and every
-draw of its augmentation. So any number of workers and processes makes the same global batches, and a run goes on from
-any step knowing nothing but its number. Data without an index is read in its own order by `PlainRows`.
-
-Letters: R frames, K classes, N samples, B batch, H, W image, h, w crop, M supervised masks.
+Letters: H, W image.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import cv2
-import datasets
 import numpy as np
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, Dataset
 
-from .images import decode, decode_carefully
+from .images import decode_rgb, decode_rgb_safely, decode_unchanged
 from .label_maps import IGNORE_INDEX, LabelMap
-from .shards import read_frame, read_index, refuse_missing_shards
+from .shards import check_shards_exist, read_frame, read_index
 
 # A set smaller than this is kept decoded in memory, once per loader process.
 CACHE_BYTES = 256 * 2**20
@@ -37,14 +30,14 @@ class Frame(NamedTuple):
 class FrameDataset(Dataset):
     """Decoded frames of one split of a prepared dataset, in the order of its index.
 
-    folder: what a program of dataset_scripts/ has made: a local folder or any URL that fsspec reads (hf://, s3://,
-    https://). Frames are read one by one by their byte ranges; a small set is then kept in memory.
+    folder: what `tqdm-seg prepare` made: a local folder or any URL that fsspec reads (hf://, s3://, https://).
+    Frames are read one by one by their byte ranges; a small set is then kept in memory.
     Raises FileNotFoundError for an unfinished folder and missing shards, ValueError for a missing split.
     """
 
     def __init__(self, folder: str, split: str):
         self.index = read_index(folder, split)
-        refuse_missing_shards(self.index, split)
+        check_shards_exist(self.index, split)
         self.folder, self.split = folder, split
         self.classes: list[str] = self.index.manifest["classes"]
         self.label_map: dict[str, str] = self.index.manifest["label_map"]
@@ -66,16 +59,10 @@ class FrameDataset(Dataset):
 
     def _read(self, row: int) -> Frame:
         image, label = read_frame(self.index, row)
-        pixels, labels = decode(image, cv2.IMREAD_COLOR_RGB), decode(label, cv2.IMREAD_UNCHANGED)
-        if pixels is None or pixels.shape[:2] != labels.shape:  # a kind of file that Pillow alone reads, or turns
-            pixels = decode_carefully(image)
+        pixels, labels = decode_rgb(image), decode_unchanged(label)
+        if pixels is None or pixels.shape[:2] != labels.shape:  # a kind of file that only Pillow reads, or turns
+            pixels = decode_rgb_safely(image)
         return Frame(self.keys[row], self.scenes[row], pixels, labels)
-
-
-# -- what is trained on when ----------------------------------------------------------------------------
-
-
-# -- samples --------------------------------------------------------------------------------------------
 
 
 def frame_loader(
@@ -98,7 +85,7 @@ def _same(frame: Frame) -> Frame:
 
 @dataclass(frozen=True)
 class PlainRows:
-    """Any dataset with a picture and a label column, in the order in which `datasets` streams it.
+    """Any dataset with an image and a label column, in the order in which `datasets` streams it.
 
     source: folder, Hub repository or URL for `load_dataset`. classes: their names in id order; labels hold these ids,
     255 is ignored. Without an index there is no rare-class sampling, and going on from a step reads all rows before it.
@@ -121,10 +108,13 @@ class PlainRows:
         return LabelMap("ids/as_they_are", self.classes, "values", table, "labels hold class ids; 255 is ignored")
 
     def rows(self, process: int = 0, processes: int = 1, shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
-        """Rows of one epoch, or with a seed of endless ones in ever other order, of one of the processes; undecoded.
+        """Undecoded rows of one process: of one epoch, or with a seed endless, in another order every epoch.
 
         Rows are divided here, once. Raises ValueError for a missing column.
         """
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
         rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
         for column in (self.image, self.label):
             if column not in rows.features:
@@ -155,16 +145,16 @@ class PlainRows:
         """The decoded frame; its key is the row's "key", else the file name, else its number."""
         image, label = (_file_bytes(row[column]) for column in (self.image, self.label))
         key = str(row.get("key") or row[self.image].get("path") or number)
-        what = "picture"
+        what = "image"
         try:
-            pixels, what = decode_carefully(image), "label"
+            pixels, what = decode_rgb_safely(image), "label"
             labels = self._ids.labels(label)
         except ValueError as error:
             raise ValueError(f"{what} of {key} in {self.source} {error}") from error
         if pixels.shape[:2] != labels.shape:
             raise ValueError(
-                f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its picture "
-                f"{pixels.shape[1]}x{pixels.shape[0]} (width x height); use the label that was drawn on this picture"
+                f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its image "
+                f"{pixels.shape[1]}x{pixels.shape[0]} (width x height); use the label that was drawn on this image"
             )
         return Frame(key, str(row.get("scene") or ""), pixels, labels)
 

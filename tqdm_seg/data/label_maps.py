@@ -11,13 +11,11 @@ import hashlib
 import json
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BytesIO
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
-from .images import decode_picture
+from .images import decode_image, decode_unchanged
 
 IGNORE_INDEX = 255
 
@@ -43,7 +41,7 @@ class LabelMap:
 
     name: "<kind of label>/<variant>"; two variants of one kind must not be mixed in one training or comparison.
     reading: "values": grey value or palette index; "red16": red channel of a 16-bit RGB PNG; "blue": third channel of
-        the picture as RGB, so that 1- and 3-channel files read alike; "colours": RGB as one number 0xRRGGBB.
+        the image as RGB, so that 1- and 3-channel files read alike; "colours": RGB as one number 0xRRGGBB.
     table: (stored value, class id or 255) for every value that may occur.
     policy: in words, what is ignored and what is merged.
     """
@@ -97,7 +95,7 @@ def _read_values(png: bytes, reading: Reading) -> np.ndarray:
     """(H, W) whole numbers as stored in the file."""
     if png[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError("is no PNG; only PNG labels are read, because other formats may have changed the values")
-    image = decode_picture(png)
+    image = decode_image(png)
     bits, channels = png[24], {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[png[25]]
     if reading == "colours" or reading == "blue":
         if bits == 16:
@@ -111,7 +109,7 @@ def _read_values(png: bytes, reading: Reading) -> np.ndarray:
             raise ValueError(
                 f"is a {bits}-bit PNG of {channels} channels; a 16-bit RGB PNG was expected (R = class id)"
             )
-        return _red_of_16_bits(png)
+        return decode_unchanged(png)[..., 2]  # blue, green, red
     if channels > 2:
         raise ValueError("holds colours, not ids; take the file with ids, or name the colour of every class")
     if bits == 16 and channels == 2:
@@ -121,16 +119,6 @@ def _read_values(png: bytes, reading: Reading) -> np.ndarray:
     if image.mode == "L" and bits < 8:
         return pixels // (255 // (2**bits - 1))  # Pillow stretches 2- and 4-bit grey over 0 ... 255
     return pixels.astype(np.uint16 if bits == 16 else np.uint8)  # 1-bit grey is read as bool
-
-
-def _red_of_16_bits(png: bytes) -> np.ndarray:
-    """(H, W) uint16 red channel. Pillow keeps the first byte of two, so the second is read as if the order were L."""
-    parts = []
-    for order in ("B", "L"):
-        with Image.open(BytesIO(png)) as file:
-            file.tile = [tile._replace(args=f"RGB;16{order}") for tile in file.tile]
-            parts.append(np.asarray(file)[..., 0].astype(np.uint16))
-    return parts[0] << 8 | parts[1]
 
 
 def _rest_ignored(classes: dict[int, int], known: range | tuple[int, ...]) -> tuple[tuple[int, int], ...]:

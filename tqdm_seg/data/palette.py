@@ -45,7 +45,7 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
     return np.cbrt(linear @ np.transpose(cones)) @ np.transpose(axes)
 
 
-def tinted(image: Image.Image, ids: np.ndarray, num_classes: int) -> Image.Image:
+def tint(image: Image.Image, ids: np.ndarray, num_classes: int) -> Image.Image:
     """The RGB image with half of its colour taken from its class ids (h, w), scaled to it; unknown ids stay bare."""
     ids = np.asarray(Image.fromarray(ids.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     known = ids < num_classes
@@ -57,7 +57,7 @@ def tinted(image: Image.Image, ids: np.ndarray, num_classes: int) -> Image.Image
 def legend(class_names: dict[int, str], width: int) -> Image.Image:
     """A white strip with a swatch and the name of every class, in as many rows as the width in pixels asks for.
 
-    The text grows with the width, so that it stays readable when the picture is shown scaled down. The strip is wider
+    The text grows with the width, so that it stays readable when the image is shown scaled down. The strip is wider
     than asked for where a single name needs it.
     """
     size = max(14, round(width / 60))
@@ -76,3 +76,6 @@ def legend(class_names: dict[int, str], width: int) -> Image.Image:
         draw.rectangle((left, top, left + size, top + size), fill=tuple(colours[index]), outline="black")
         draw.text((left + size + gap, top + size / 2), name, "black", font, anchor="lm")
     return strip
+
+
+tinted = tint  # old name, until its callers use the new one

@@ -1,11 +1,11 @@
-"""Datasets as a stream reads them: Parquet shards with the original picture bytes, an index, a manifest, a card.
+"""Datasets as a stream reads them: Parquet shards with the original image bytes, an index, a manifest, a card.
 
     OUT/data/train-00000-of-00097.parquet     rows of `features`; loads with load_dataset(OUT, streaming=True)
     OUT/index.parquet                         one small row per frame: where it lies and what it holds
     OUT/manifest.json                         how it was made, counts, skipped files, checksum of every file
     OUT/README.md                             dataset card; `push_to_hub` of the folder needs nothing else
 
-A frame is reached in two ways. By Parquet: shard -> row group (row // ROW_GROUP_ROWS) -> row. Or directly: pictures and
+A frame is reached in two ways. By Parquet: shard -> row group (row // ROW_GROUP_ROWS) -> row. Or directly: images and
 labels are stored verbatim, so the index names the byte range of each in its shard, one read or HTTP range request
 (`read_frame`). A folder that holds a manifest is whole: it was built under another name and renamed in the end.
 
@@ -15,30 +15,33 @@ Letters: R rows, K classes.
 import hashlib
 import json
 import mmap
-import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import Features, Image, List, Value
+
+from .files import replace_file
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 FORMAT_VERSION = 1
 # A generic Parquet reader fetches whole row groups: small ones keep that, and the memory of the writer, small.
 ROW_GROUP_ROWS = 16
-_PICTURES = ("image", "label")
+_FILES = ("image", "label")
 # Key of the facts about a shard in its Parquet footer.
 _FACTS = "tqdm_seg"
 
 
-class Row(NamedTuple):
+class StoredFrame(NamedTuple):
     """One frame as it is stored. `image` is None in a linked dataset, where `image_path` is the file's full path."""
 
     key: str
@@ -59,8 +62,10 @@ class Shard(NamedTuple):
     index: pa.Table
 
 
-def features(num_classes: int) -> Features:
+def features(num_classes: int) -> "Features":
     """Columns of a shard. `label` is an 8-bit grey PNG of class ids with 255 ignored; class_pixels leaves out 255."""
+    from datasets import Features, Image, List, Value
+
     return Features(
         {
             "image": Image(),
@@ -75,16 +80,16 @@ def features(num_classes: int) -> Features:
 
 
 def index_schema(num_classes: int) -> pa.Schema:
-    """Columns of the index: the frame's shard and row in it, and for picture and label offset, length and CRC-32.
+    """Columns of the index: the frame's shard and row in it, and for image and label offset, length and CRC-32.
 
     Offsets count bytes from the start of the shard file. In a linked dataset image_offset is -1; length and checksum
     are those of the linked file.
     """
-    pictures = [(f"{name}_{what}", pa.int64()) for name in _PICTURES for what in ("offset", "bytes", "crc32")]
+    ranges = [(f"{name}_{what}", pa.int64()) for name in _FILES for what in ("offset", "bytes", "crc32")]
     return pa.schema(
         [
             ("split", pa.string()), ("shard", pa.int32()), ("row", pa.int32()), ("key", pa.string()),
-            ("scene", pa.string()), ("height", pa.int32()), ("width", pa.int32()), *pictures,
+            ("scene", pa.string()), ("height", pa.int32()), ("width", pa.int32()), *ranges,
             ("class_pixels", pa.list_(pa.int64(), num_classes)),
         ]
     )  # fmt: skip
@@ -93,34 +98,27 @@ def index_schema(num_classes: int) -> pa.Schema:
 # -- writing --------------------------------------------------------------------------------------------
 
 
-def write_shard(path: Path, rows: Iterator[Row], num_classes: int, facts: dict[str, Any]) -> None:
+def write_shard(path: Path, rows: Iterator[StoredFrame], num_classes: int, facts: dict[str, Any]) -> None:
     """Writes rows as they come, a row group at a time; `facts`, read after the last row, go into the footer.
 
     The file appears under its name when it is whole and on disk. Raises OSError (disk full, no permission).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     schema = features(num_classes).arrow_schema
-    try:
-        with temporary.open("wb") as file:
-            writer = pq.ParquetWriter(
-                file, schema, compression="none", use_dictionary=["scene"], write_page_index=True,
-                write_statistics=["key", "scene", "height", "width"],  # of pictures they would be copies
-            )  # fmt: skip
-            try:
-                for group in _batches(rows, ROW_GROUP_ROWS):
-                    writer.write_table(_shard_table(group, schema))
-                writer.add_key_value_metadata({_FACTS: json.dumps(facts, sort_keys=True)})
-                writer.close()
-            finally:
-                writer.is_open = False  # else it tries to write the footer once more when it is collected
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        writer = pq.ParquetWriter(
+            file, schema, compression="none", use_dictionary=["scene"], write_page_index=True,
+            write_statistics=["key", "scene", "height", "width"],  # of images they would be copies
+        )  # fmt: skip
+        try:
+            for group in _batches(rows, ROW_GROUP_ROWS):
+                writer.write_table(_shard_table(group, schema))
+            writer.add_key_value_metadata({_FACTS: json.dumps(facts, sort_keys=True)})
+            writer.close()
+        finally:
+            writer.is_open = False  # else it tries to write the footer once more when it is collected
 
 
-def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
+def _batches(rows: Iterator[StoredFrame], size: int) -> Iterator[list[StoredFrame]]:
     batch = []
     for row in rows:
         batch.append(row)
@@ -131,7 +129,7 @@ def _batches(rows: Iterator[Row], size: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _shard_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
+def _shard_table(rows: list[StoredFrame], schema: pa.Schema) -> pa.Table:
     columns = {
         "image": [{"bytes": row.image, "path": row.image_path} for row in rows],
         "label": [{"bytes": row.label, "path": f"{Path(row.key).stem}.png"} for row in rows],
@@ -141,7 +139,7 @@ def _shard_table(rows: list[Row], schema: pa.Schema) -> pa.Table:
 
 
 def describe_shard(path: Path, split: str, number: int) -> Shard:
-    """Reads a shard through: checksum, size, facts, and where every picture lies.
+    """Reads a shard through: checksum, size, facts, and where every image and label lies.
 
     Raises OSError or ValueError (pyarrow.ArrowInvalid among it) for what `write_shard` has not written.
     """
@@ -151,12 +149,12 @@ def describe_shard(path: Path, split: str, number: int) -> Shard:
         groups, first = parquet.metadata, 0
         for number_of_group in range(groups.num_row_groups):
             table = parquet.read_row_group(number_of_group)
-            ranges = {name: _locate(table, name, groups.row_group(number_of_group), content) for name in _PICTURES}
+            ranges = {name: _locate(table, name, groups.row_group(number_of_group), content) for name in _FILES}
             rows = table.num_rows
             columns = {
                 "split": [split] * rows, "shard": [number] * rows, "row": range(first, first + rows),
                 **{name: table[name] for name in ("key", "scene", "height", "width", "class_pixels")},
-                **{f"{name}_{what}": values for name in _PICTURES for what, values in ranges[name].items()},
+                **{f"{name}_{what}": values for name in _FILES for what, values in ranges[name].items()},
             }  # fmt: skip
             schema = index_schema(table.schema.field("class_pixels").type.list_size)
             parts.append(pa.table({name: columns[name] for name in schema.names}, schema))
@@ -171,7 +169,7 @@ def describe_shard(path: Path, split: str, number: int) -> Shard:
 
 
 def _locate(table: pa.Table, name: str, group: Any, content: mmap.mmap) -> dict[str, list[int]]:
-    """Offset, length and CRC-32 of every picture of a row group's column."""
+    """Offset, length and CRC-32 of every file of a row group's column."""
     columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
     position = columns[f"{name}.bytes"].data_page_offset
     found: dict[str, list[int]] = {"offset": [], "bytes": [], "crc32": []}
@@ -180,7 +178,7 @@ def _locate(table: pa.Table, name: str, group: Any, content: mmap.mmap) -> dict[
         if data is None:
             data, offset = Path(value["path"]).read_bytes(), -1
         else:
-            # Parquet's plain encoding: four bytes of length, then the value as it is.
+            # Parquet's plain encoding: four bytes of length, then the value.
             found_at = content.find(struct.pack("<I", len(data)) + data, position)
             if found_at < 0:
                 raise ValueError(f"{name}s are not stored verbatim; was the shard written by another program?")
@@ -217,13 +215,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     files, root = fsspec.core.url_to_fs(str(folder))
     if not files.exists(f"{root}/manifest.json"):
         raise FileNotFoundError(
-            f"{folder} holds no manifest.json, so it is no finished dataset; run its program of dataset_scripts/ "
-            "(again: what is done is kept)"
+            f"{folder} holds no manifest.json, so it is no finished dataset; run `tqdm-seg prepare` (again: "
+            "finished shards are kept)"
         )
     manifest = json.loads(files.cat_file(f"{root}/manifest.json"))
     if manifest["format"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} is of format {manifest['format']}, this code reads {FORMAT_VERSION}; prepare it anew"
+            f"{folder} is of format {manifest['format']}, this code reads {FORMAT_VERSION}; prepare it again"
         )
     return manifest
 
@@ -235,7 +233,7 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
     content = files.cat_file(f"{root}/index.parquet")
     if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
         raise ValueError(
-            f"{folder}/index.parquet is damaged or of another run than manifest.json; prepare the set anew"
+            f"{folder}/index.parquet is damaged or of another run than manifest.json; prepare the set again"
         )
     if split is not None and split not in manifest["rows"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(manifest['rows'])}")
@@ -246,7 +244,7 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
     return Index(str(folder), manifest, table)
 
 
-def refuse_missing_shards(index: Index, split: str) -> None:
+def check_shards_exist(index: Index, split: str) -> None:
     """Raises FileNotFoundError naming the first shard of the split that is missing or of another size than recorded."""
     files, root = fsspec.core.url_to_fs(index.folder)
     expected = {f"{root}/{s['file']}": s["bytes"] for s in index.manifest["shards"] if s["split"] == split}
@@ -257,29 +255,27 @@ def refuse_missing_shards(index: Index, split: str) -> None:
     for (path, wanted), size in zip(expected.items(), sizes, strict=True):
         if size != wanted:
             found = "is missing" if size is None else f"has {size} bytes, not {wanted}"
-            raise FileNotFoundError(
-                f"{path} {found}; copy it anew, or run the prepare program again, which makes what is missing"
-            )
+            raise FileNotFoundError(f"{path} {found}; copy it again, or run the prepare command again")
 
 
 def read_frame(index: Index, row: int) -> tuple[bytes, bytes]:
-    """Picture file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes.
+    """Image file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes.
 
-    Raises FileNotFoundError, naming the file, for a shard or linked picture that is gone.
+    Raises FileNotFoundError, naming the file, for a shard or linked image that is missing.
     """
     files, root = fsspec.core.url_to_fs(index.folder)
     entry = index.table.slice(row, 1).drop_columns(["class_pixels"]).to_pylist()[0]
     shard = f"{root}/{shard_file(index.manifest, entry['split'], entry['shard'])}"
-    names = [name for name in _PICTURES if entry[f"{name}_offset"] >= 0]
+    names = [name for name in _FILES if entry[f"{name}_offset"] >= 0]
     starts = [entry[f"{name}_offset"] for name in names]
     ends = [start + entry[f"{name}_bytes"] for start, name in zip(starts, names, strict=True)]
     # Of remote storage both are asked for at once.
     found = dict(zip(names, files.cat_ranges([shard] * len(names), starts, ends, on_error="raise"), strict=True))
     if "image" not in found:
         found["image"] = (Path(index.manifest["options"]["link"]) / entry["key"]).read_bytes()
-    for name in _PICTURES:
+    for name in _FILES:
         if zlib.crc32(found[name]) != entry[f"{name}_crc32"]:
-            raise ValueError(f"{name} of {entry['key']} in {shard} is not what was written; run check_shards.py")
+            raise ValueError(f"{name} of {entry['key']} in {shard} is not what was written; run `tqdm-seg check`")
     return found["image"], found["label"]
 
 
@@ -293,7 +289,7 @@ def shard_name(split: str, number: int, total: int) -> str:
     return f"data/{split}-{number:05d}-of-{total:05d}.parquet"
 
 
-def refuse_mixed_labels(manifests: Sequence[dict[str, Any]]) -> None:
+def check_same_labels(manifests: Sequence[dict[str, Any]]) -> None:
     """Raises ValueError unless all datasets have the same classes, and one variant of every kind of label map."""
     variants: dict[str, dict[str, Any]] = {}
     for manifest in manifests:
@@ -308,5 +304,8 @@ def refuse_mixed_labels(manifests: Sequence[dict[str, Any]]) -> None:
         if other["sha256"] != label_map["sha256"]:
             raise ValueError(
                 f"{manifest['dataset']} was prepared under the label maps {other['name']} and {label_map['name']}; "
-                "scores and models under one cannot be set beside the other's: prepare all with one"
+                "scores and models under one cannot be compared with the other's: prepare all with one"
             )
+
+
+refuse_mixed_labels = check_same_labels  # old name, until its callers use the new one

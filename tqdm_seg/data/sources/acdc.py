@@ -1,18 +1,21 @@
-"""ACDC (fog, night, rain, snow) to shards: train and val. The test part has no labels; *_ref are not used.
+"""ACDC to shards: `tqdm-seg prepare acdc`."""
 
-python dataset_scripts/prepare_acdc.py ROOT OUT
+import sys
 
-ROOT/rgb_anon/fog/train/GOPR0475/GOPR0475_frame_000041_rgb_anon.png      rgb_anon_trainvaltest.zip
-ROOT/gt/fog/train/GOPR0475/GOPR0475_frame_000041_gt_labelTrainIds.png    gt_trainval.zip
-"""
+from ...commands import start
+
+if __name__ == "__main__":
+    sys.exit(start("prepare acdc"))
+
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import TRAIN_IDS
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import AcdcOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 SOURCE = Source(
     "ACDC",
@@ -33,11 +36,7 @@ def scan(root: Path) -> Iterator[Pair]:
             yield Pair(split, scene, image, labels / drive / f"{frame}_gt_labelTrainIds.png", skip)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(AcdcOptions)
+def prepare_acdc(options: AcdcOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    args = prepare_parser(__doc__).parse_args(argv)
-    return prepare(args, SOURCE, TRAIN_IDS, scan(args.root))
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_dataset(options, SOURCE, TRAIN_IDS, scan(options.root))

@@ -1,20 +1,21 @@
-"""BDD100K, its 10k part with semantic labels, to shards: train and val. The test part has no labels.
+"""BDD100K to shards: `tqdm-seg prepare bdd100k`."""
 
-    python dataset_scripts/prepare_bdd100k.py ROOT OUT
+import sys
 
-    ROOT/images/10k/train/<id>.jpg       or, in the older release,   ROOT/seg/images/train/<id>.jpg
-    ROOT/labels/sem_seg/masks/train/<id>.png                         ROOT/seg/labels/train/<id>_train_id.png
+from ...commands import start
 
-ROOT may also be the folder that holds bdd100k/.
-"""
+if __name__ == "__main__":
+    sys.exit(start("prepare bdd100k"))
+
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import TRAIN_IDS
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import Bdd100kOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 SOURCE = Source(
     "BDD100K (10k)",
@@ -29,7 +30,7 @@ def scan(root: Path) -> Iterator[Pair]:
     if images.parent.name == "seg":
         labels, suffix = first_folder(images.parent, "labels"), "_train_id.png"
     else:
-        # Beside the masks there are colormaps, which hold no ids.
+        # There are also colormaps, which hold no ids.
         labels, suffix = first_folder(images.parents[1], "labels/sem_seg/masks"), ".png"
     for folder, split in {"train": "train", "val": "validation", "test": "test"}.items():
         for image in (images / folder).glob("*.jpg"):
@@ -37,11 +38,7 @@ def scan(root: Path) -> Iterator[Pair]:
             yield Pair(split, "", image, labels / folder / f"{image.stem}{suffix}", skip)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(Bdd100kOptions)
+def prepare_bdd100k(options: Bdd100kOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    args = prepare_parser(__doc__).parse_args(argv)
-    return prepare(args, SOURCE, TRAIN_IDS, scan(args.root))
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_dataset(options, SOURCE, TRAIN_IDS, scan(options.root))

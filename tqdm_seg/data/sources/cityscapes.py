@@ -1,18 +1,21 @@
-"""Cityscapes (fine annotations) to shards: train and val. gtFine/test holds dummy labels and is left out.
+"""Cityscapes to shards: `tqdm-seg prepare cityscapes`."""
 
-python dataset_scripts/prepare_cityscapes.py ROOT OUT
+import sys
 
-ROOT/leftImg8bit/train/aachen/aachen_000000_000019_leftImg8bit.png     leftImg8bit_trainvaltest.zip
-ROOT/gtFine/train/aachen/aachen_000000_000019_gtFine_labelIds.png      gtFine_trainvaltest.zip
-"""
+from ...commands import start
+
+if __name__ == "__main__":
+    sys.exit(start("prepare cityscapes"))
+
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import CITYSCAPES
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import CityscapesOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 SOURCE = Source(
     "Cityscapes",
@@ -31,11 +34,7 @@ def scan(root: Path) -> Iterator[Pair]:
             yield Pair(split, city, image, labels / folder / city / f"{frame}_gtFine_labelIds.png", skip)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(CityscapesOptions)
+def prepare_cityscapes(options: CityscapesOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    args = prepare_parser(__doc__).parse_args(argv)
-    return prepare(args, SOURCE, CITYSCAPES, scan(args.root))
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_dataset(options, SOURCE, CITYSCAPES, scan(options.root))

@@ -1,24 +1,21 @@
-"""Your own pictures and masks to shards.
+"""Your own images and masks to shards: `tqdm-seg prepare folder`."""
 
-    python dataset_scripts/prepare_folder.py ROOT MASKS OUT --classes classes.txt
+import sys
 
-Every picture ROOT/a/b.jpg has the mask MASKS/a/b.png (see --mask-suffix). First-level folders called train, val, test
-or the like become splits; without them all is train. classes.txt names one class per line, in the order of the new ids:
+from ...commands import start
 
-    road                     the next id; masks are 8-bit PNGs (grey or palette) whose values are 0, 1, ..., 255 ignored
-    road,7                   masks hold other ids: this class is stored as 7
-    road,128,64,128          masks hold colours: this class has this one
+if __name__ == "__main__":
+    sys.exit(start("prepare folder"))
 
-A name may come twice, with a second id or colour. The name "ignored" takes what is not to be learned.
-"""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import IGNORE_INDEX, LabelMap, Reading
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import FolderOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 SPLIT_FOLDERS = {
@@ -57,7 +54,7 @@ def read_classes(path: Path) -> LabelMap:
 
 
 def scan(images: Path, masks: Path, suffix: str) -> Iterator[Pair]:
-    """All pictures; the scene is the folder that a picture lies in, without its split."""
+    """All images; the scene is the folder that an image lies in, without its split."""
     for image in (path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
         place = image.relative_to(images)
         folders = place.parent.parts
@@ -66,18 +63,9 @@ def scan(images: Path, masks: Path, suffix: str) -> Iterator[Pair]:
         yield Pair(split or "train", scene, image, masks / place.with_name(f"{image.stem}{suffix}"))
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(FolderOptions)
+def prepare_folder(options: FolderOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    parser = prepare_parser(__doc__, more="MASKS")
-    parser.add_argument("--classes", type=Path, required=True, metavar="FILE", help="class names, see above")
-    parser.add_argument("--mask-suffix", default=".png", help="end of the masks' names (default: %(default)s)")
-    parser.add_argument("--name", default="Own pictures", help="name of the dataset on its card (default: %(default)s)")
-    parser.add_argument("--license", default="unknown", help="licence named on the card (default: %(default)s)")
-    args = parser.parse_args(argv)
-    terms = "Pictures and masks of a folder."
-    pairs = scan(first_folder(args.root, "."), first_folder(args.masks, "."), args.mask_suffix)
-    return prepare(args, Source(args.name, terms, args.license), read_classes(args.classes), pairs)
-
-
-if __name__ == "__main__":
-    run(main)
+    source = Source(options.name, "Images and masks of a folder.", options.license)
+    pairs = scan(first_folder(options.root, "."), first_folder(options.masks, "."), options.mask_suffix)
+    return make_dataset(options, source, read_classes(options.class_file), pairs)

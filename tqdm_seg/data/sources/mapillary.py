@@ -1,22 +1,22 @@
-"""Mapillary Vistas (v1.2 labels) to shards: training and validation. The testing part has no labels.
+"""Mapillary Vistas to shards: `tqdm-seg prepare mapillary`."""
 
-    python dataset_scripts/prepare_mapillary.py ROOT OUT --map robustnet
+import sys
 
-    ROOT/training/images/<id>.jpg
-    ROOT/training/v1.2/labels/<id>.png   (newer package)   or   ROOT/training/labels/<id>.png   (v1.2 package)
+from ...commands import start
 
-Two maps from its 66 ids to the 19 classes are in use, and results under one cannot be compared with the other's. The
-map is recorded in the manifest, and datasets prepared under different ones are refused together.
-"""
+if __name__ == "__main__":
+    sys.exit(start("prepare mapillary"))
+
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import MAPILLARY
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import MapillaryOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 SOURCE = Source(
     "Mapillary Vistas",
@@ -53,18 +53,7 @@ def scan(root: Path) -> Iterator[Pair]:
         yield Pair("test", "", image, None, "no labels are published for testing")
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(MapillaryOptions)
+def prepare_mapillary(options: MapillaryOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    parser = prepare_parser(__doc__)
-    parser.add_argument(
-        "--map",
-        choices=sorted(MAPILLARY),
-        default="robustnet",
-        help="robustnet: used by RobustNet, TLDR, tqdm, DAFormer, HRDA (default); openseg: used by Rein and followers",
-    )
-    args = parser.parse_args(argv)
-    return prepare(args, SOURCE, MAPILLARY[args.map], scan(args.root))
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_dataset(options, SOURCE, MAPILLARY[options.map], scan(options.root))

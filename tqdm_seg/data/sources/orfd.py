@@ -1,22 +1,21 @@
-"""ORFD (Off-Road Freespace Detection) to shards.
+"""ORFD to shards: `tqdm-seg prepare orfd`."""
 
-    python dataset_scripts/prepare_orfd.py ROOT OUT
+import sys
 
-    ROOT/training/<scene>/image_data/<frame>.png             and validation/, testing/
-    ROOT/training/<scene>/gt_image/<frame>_fillcolor.png
-    ROOT/training/{image_data,gt_image}/...                  or without the scene level: scenes are then unknown
+from ...commands import start
 
-ROOT may also be the folder that holds Final_Dataset/.
-"""
+if __name__ == "__main__":
+    sys.exit(start("prepare orfd"))
 
-import argparse
+
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import ORFD
-from ..prepare import Pair, Source, first_folder, prepare, prepare_parser
+from ..options import OrfdOptions
+from ..prepare import Pair, Source, first_folder, make_dataset
 
 SOURCE = Source(
     "ORFD",
@@ -43,34 +42,19 @@ def _frames(root: Path) -> Iterator[Pair]:
                 yield Pair(split, scene, image, images.parent / "gt_image" / f"{image.stem}_fillcolor.png")
 
 
-def prepare_orfd(args: argparse.Namespace, source: Source) -> dict[str, Any]:
+def make_orfd_dataset(options: OrfdOptions, source: Source) -> dict[str, Any]:
     """Prepares ORFD or ORAD-3D; returns the manifest."""
-    pairs = scan(args.root)
+    pairs = scan(options.root)
     notes = []
     if any(not pair.scene for pair in pairs):
         notes.append(
             "the folders have no scene level, so `scene` is empty and no result per scene can be made of this copy; "
             "the official download has training/<scene>/image_data"
         )
-    return prepare(args, source, ORFD[args.unreachable], pairs, notes)
+    return make_dataset(options, source, ORFD[options.unreachable], pairs, notes)
 
 
-def orfd_parser(description: str) -> argparse.ArgumentParser:
-    """Arguments of ORFD and ORAD-3D."""
-    parser = prepare_parser(description)
-    parser.add_argument(
-        "--unreachable",
-        choices=sorted(ORFD, reverse=True),
-        default="merged",
-        help="the grey part of the labels (sky): merged into non-traversable as published (default), or ignored",
-    )
-    return parser
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(OrfdOptions)
+def prepare_orfd(options: OrfdOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    return prepare_orfd(orfd_parser(__doc__).parse_args(argv), SOURCE)
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_orfd_dataset(options, SOURCE)

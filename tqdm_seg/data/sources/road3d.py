@@ -1,19 +1,19 @@
-"""Road3D, the local name of ORAD-3D, to shards. Its folders are those of ORFD.
+"""Road3D (ORAD-3D) to shards: `tqdm-seg prepare road3d`."""
 
-    python dataset_scripts/prepare_road3d.py ROOT OUT
+import sys
 
-    ROOT/testing/<scene>/image_data/<frame>.png              and training/, validation/
-    ROOT/testing/<scene>/gt_image/<frame>_fillcolor.png
+from ...commands import start
 
-A further folder around that of a scene, as some of its archives have, does no harm. The labels are road or not
-(`gt_image`); `gt_image_multi_seg` is not read.
-"""
+if __name__ == "__main__":
+    sys.exit(start("prepare road3d"))
+
 
 from typing import Any
 
-from ..files import run
+from ...program import takes
+from ..options import Road3dOptions
 from ..prepare import Source
-from .orfd import orfd_parser, prepare_orfd
+from .orfd import make_orfd_dataset
 
 SOURCE = Source(
     "Road3D (ORAD-3D)",
@@ -22,10 +22,7 @@ SOURCE = Source(
 )
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(Road3dOptions)
+def prepare_road3d(options: Road3dOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    return prepare_orfd(orfd_parser(__doc__).parse_args(argv), SOURCE)
-
-
-if __name__ == "__main__":
-    run(main)
+    return make_orfd_dataset(options, SOURCE)

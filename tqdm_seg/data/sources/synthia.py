@@ -1,22 +1,23 @@
-"""SYNTHIA-RAND-CITYSCAPES to shards.
+"""SYNTHIA-RAND-CITYSCAPES to shards: `tqdm-seg prepare synthia`."""
 
-    python dataset_scripts/prepare_synthia.py ROOT OUT
+import sys
 
-    ROOT/RGB/0000000.png          and the same names in   ROOT/GT/LABELS/   (16-bit, red = class id)
-    ROOT/RGB/{train,val}/...      or divided into sub-folders of the same names on both sides
+from ...commands import start
 
-ROOT may also be the folder that holds RAND_CITYSCAPES/.
-"""
+if __name__ == "__main__":
+    sys.exit(start("prepare synthia"))
+
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import run
+from ...program import takes
 from ..label_maps import SYNTHIA
-from ..prepare import Pair, Source, by_name, first_folder, prepare, prepare_parser
+from ..options import SynthiaOptions
+from ..prepare import Pair, Source, first_folder, images_by_name, make_dataset
 
-LISTS = Path(__file__).parent / "robustnet_splits"
+LISTS = Path(__file__).parents[1] / "lists" / "robustnet_splits"
 TERMS = "SYNTHIA must not be passed on: keep this folder, and any repository made of it, private."
 PUBLISHED = {"robustnet": {"train": (6580,), "validation": (2820,)}, "none": {"train": (9400,)}}
 
@@ -37,24 +38,13 @@ def scan(root: Path, choice: str) -> Iterator[Pair]:
     splits = read_splits(choice)
     images = first_folder(root, "RGB", "RAND_CITYSCAPES/RGB")
     labels = first_folder(images.parent, "GT/LABELS")
-    for name, image in by_name([*images.glob("*.png"), *images.glob("*/*.png")]).items():
+    for name, image in images_by_name([*images.glob("*.png"), *images.glob("*/*.png")]).items():
         skip = "" if name in splits else "in no list of the split"
         yield Pair(splits.get(name, ""), "", image, labels / image.relative_to(images), skip)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+@takes(SynthiaOptions)
+def prepare_synthia(options: SynthiaOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
-    parser = prepare_parser(__doc__)
-    parser.add_argument(
-        "--splits",
-        choices=sorted(PUBLISHED),
-        default="robustnet",
-        help="robustnet: its lists of 6,580 and 2,820 (default); none: all frames are train",
-    )
-    args = parser.parse_args(argv)
-    source = Source("SYNTHIA-RAND-CITYSCAPES", TERMS, published=PUBLISHED[args.splits])
-    return prepare(args, source, SYNTHIA, scan(args.root, args.splits), splits=args.splits)
-
-
-if __name__ == "__main__":
-    run(main)
+    source = Source("SYNTHIA-RAND-CITYSCAPES", TERMS, published=PUBLISHED[options.splits])
+    return make_dataset(options, source, SYNTHIA, scan(options.root, options.splits), splits=options.splits)
