@@ -3,48 +3,50 @@
 #
 # Setting   trained on Cityscapes alone (2,975 frames, fine labels),
 #           tested on the validation parts of BDD100K (1,000 frames) and Mapillary Vistas (2,000)
-# Data      Cityscapes  prepare_cityscapes.py, from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip
-#           BDD100K     prepare_bdd100k.py, from pictures and semantic masks of its 10k part
-#           Mapillary   prepare_mapillary.py, from Vistas with its v1.2 labels (map: robustnet, as published)
-# Bill      20,000 steps of 8 pictures of 512x512 per process. How many processes is left to the launch command, here as
-#           in the published files (the paper's text speaks of 16 pictures a step: two); without LAUNCH it is one for
-#           each GPU of the machine. GPUs and hours: not measured. Memory: --dry-run tells.
-# Expected  the figure of the tables of arXiv 2407.09033, which was not at hand here
-# Ours      not measured yet
+# Data      Cityscapes  tqdm-seg prepare cityscapes, from leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip
+#           BDD100K     tqdm-seg prepare bdd100k, from images and semantic masks of its 10k part
+#           Mapillary   tqdm-seg prepare mapillary, from Vistas with its v1.2 labels (map: robustnet, as published)
+# Cost      20,000 steps of 8 images of 512x512 per process. The launch command sets the number of processes, as in the
+#           published files (the paper speaks of 16 images a step: two processes); without LAUNCH it is one per GPU.
+#           GPUs and hours: not measured. Memory: --dry-run tells.
+# Expected  BDD100K 50.54, Mapillary 65.74 mIoU: main table of arXiv 2407.09033
+# Ours      not measured
 #
-# Downloads are expected in $RAW, each in a folder of its own, unpacked. Further options go to train.py.
+# Downloads are expected unpacked in $RAW, one folder per dataset (steps.bash). Further options go to training.
+#   bash recipes/cityscapes_clip_vit_b.sh --dry-run
 #   bash recipes/cityscapes_clip_vit_b.sh
 #   bash recipes/cityscapes_clip_vit_b.sh --resume
 #   LAUNCH="--config_file recipes/accelerate/ddp.yaml" DATA=/disk/data bash recipes/cityscapes_clip_vit_b.sh --workers 8
-# Cheaper, but no longer the published setting, and not measured:
+# Cheaper, but not the published setting, and not measured:
 #   RUN=runs/frozen bash recipes/cityscapes_clip_vit_b.sh --vision frozen
 #   RUN=runs/lora bash recipes/cityscapes_clip_vit_b.sh --vision lora --vision-lr-mult 1
 #   RUN=runs/less_memory bash recipes/cityscapes_clip_vit_b.sh --gradient-checkpointing
-#   RUN=runs/bf16 bash recipes/cityscapes_clip_vit_b.sh --mixed-precision bf16
+#   RUN=runs/bf16 bash recipes/cityscapes_clip_vit_b.sh --precision bf16
 set -euo pipefail
-cd "$(dirname "$0")/.."
-RAW=${RAW:-downloads} DATA=${DATA:-data} START=${START:-models/clip_vit_b16} RUN=${RUN:-runs/cityscapes_clip_vit_b}
+. "$(dirname "$0")/steps.bash"
+START=${START:-models/clip_vit_b16} RUN=${RUN:-runs/cityscapes_clip_vit_b}
 
-# Data. What is already made is left alone.
+# Data.
 for name in cityscapes bdd100k mapillary; do
-    [ -f "$DATA/$name/manifest.json" ] || python "dataset_scripts/prepare_$name.py" "$RAW/$name" "$DATA/$name"
+    unless "$DATA/$name/manifest.json" tqdm-seg prepare "$name" "$RAW/$name" "$DATA/$name"
 done
 
-# Start. OpenAI's CLIP, downloaded. (With OpenAI's file: ViT-B-16.pt, and no --from.)
-[ -d "$START" ] || python convert_checkpoint.py openai/clip-vit-base-patch16 "$START" \
+# Start model: OpenAI's CLIP, downloaded. (OpenAI's own file: ViT-B-16.pt, without --from.)
+unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 "$START" \
     --init clip_vit_b16 --from transformers --seed 2023
 
 # Training.
-# As published where our defaults are otherwise: the frozen tower drops paths at random, whole pictures are resized with
-# OpenCV's rounding, and every process divides its losses by its own counts.
-accelerate launch ${LAUNCH:-} train.py \
-    --model "$START" --data "$DATA/cityscapes" --eval-box 1024 2048 \
-    --out "$RUN" --seed 2023 --save-every 2000 --eval-every 2000 --workers 4 \
+# Published behaviour that is not our default: the teacher drops paths at random, whole images are resized with OpenCV's
+# rounding, and every process divides its losses by its own counts.
+accelerate launch ${LAUNCH:-} -m tqdm_seg.train \
+    --model "$START" --data "$DATA/cityscapes" --eval-size 1024x2048 \
+    --out "$RUN" --seed 2023 --save-every-steps 2000 --eval-every-steps 2000 --workers 4 \
     --steps 20000 --batch-size 8 --crop 512 --warmup-steps 1500 \
     --lr 1e-4 --vision-lr-mult 0.1 --weight-decay 1e-5 --no-embedding-decay \
-    --noisy-reference --resize whole --loss-counts published "$@"
+    --teacher-drop-path --resize whole --loss-counts published \
+    $(stand_in clip_vit_b16) "$@"
 
-# Test, of the last model. A dry run leaves none.
-[ -d "$RUN/model" ] || exit 0
-python evaluate_tqdm.py "$RUN/model" --protocol published --out "$RUN/test" \
+# Test, of the last model.
+trained || exit 0
+tqdm-seg evaluate "$RUN/model" --protocol published --out "$RUN/test" \
     --data bdd100k="$DATA/bdd100k" mapillary="$DATA/mapillary"

@@ -1,4 +1,4 @@
-"""What the README shows works: its Python runs, its commands parse, its files exist."""
+"""What README and docs show works: Python runs, commands parse, the own-data commands run, links and files exist."""
 
 import re
 import shlex
@@ -7,96 +7,158 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import micro_model
+from PIL import Image
 
-from tqdm_seg import ablate, train
-from tqdm_seg.deploy import convert as convert_checkpoint
-from tqdm_seg.deploy import export as export_tqdm
-from tqdm_seg.deploy import predict
+from tqdm_seg.commands import COMMANDS, named, start
 from tqdm_seg.deploy.folder import save_model_folder
-from tqdm_seg.evaluation import evaluate as evaluate_tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.reports import compare as compare_runs
-from tqdm_seg.reports import report
+from tqdm_seg.program import parse
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md"]
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+LAUNCHERS = ("accelerate launch", "torchrun", "python")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", TEXT[page], re.DOTALL)
+
+
+def shell_lines(page: Path) -> list[str]:
+    """Commands of the bash blocks, without comments, one by one."""
+    lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    return [part.strip() for line in lines for part in line.split("  #")[0].split("&&") if part.strip()]
+
+
+def program_of(words: list[str]) -> tuple[str, list[str]] | None:
+    """(name in COMMANDS, arguments) of a shell command, None for one of another program."""
+    if words[0] == "tqdm-seg":
+        length = 2 if words[1] == "prepare" else 1
+        return " ".join(words[1 : 1 + length]), words[1 + length :]
+    if " ".join(words).startswith(LAUNCHERS):
+        for i, word in enumerate(words):
+            if word == "train.py" or word == "tqdm_seg.train":
+                return "train", words[i + 1 :]
+            if word.startswith("tqdm_seg.") and word != "tqdm_seg.cli":
+                return word.rpartition(".")[2], words[i + 1 :]
+    return None
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch) -> Path:
-    """A folder with the example frames and a model where the quick start leaves one."""
+    """A folder with the example frames, a model where the quick start leaves one, and images of one's own."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     save_model_folder(micro_model(window_size=None), TqdmImageProcessor(), tmp_path / "runs/quickstart/model")
+    image = next((tmp_path / "examples").rglob("image_data/*.png"))
+    shutil.copy(image, tmp_path / "photo.jpg")
+    for split, count in (("train", 4), ("val", 2)):
+        for kind in ("images", "masks"):
+            (tmp_path / "my" / kind / split).mkdir(parents=True)
+        for i in range(count):
+            Image.open(image).convert("RGB").resize((64, 64)).save(tmp_path / f"my/images/{split}/{split}{i}.png")
+            ids = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64) % 2
+            Image.fromarray(ids).save(tmp_path / f"my/masks/{split}/{split}{i}.png")
+    (tmp_path / "my/classes.txt").write_text("ground\npath\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_every_python_block_runs(checkout):
-    assert len(blocks("python")) == 3
-    for code in blocks("python"):
-        scope: dict = {}
-        exec(code, scope)
-        if "labels" in scope and "masks" not in scope:
-            assert scope["labels"].shape == (1, 224, 224)
-        if "masks" in scope:
-            assert scope["labels"].shape == scope["image"].size[::-1]
-            assert scope["masks"].keys() <= set(scope["model"].config.id2label.values()) and scope["masks"]
+def test_the_readme_is_short():
+    assert len(TEXT[README].splitlines()) <= 180
 
 
-def test_every_command_parses():
-    commands = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines() if line.strip()]
-    parsers = {
-        "ablate.py": lambda argv: ablate.make_parser().parse_args(argv),
-        "compare_runs.py": lambda argv: compare_runs.make_parser().parse_args(argv),
-        "convert_checkpoint.py": convert_checkpoint.parse_args,
-        "evaluate_tqdm.py": lambda argv: evaluate_tqdm.make_parser().parse_args(argv),
-        "export_tqdm.py": lambda argv: export_tqdm.make_parser().parse_args(argv),
-        "predict.py": lambda argv: predict.make_parser().parse_args(argv),
-        "report.py": lambda argv: report.make_parser().parse_args(argv),
-        "train.py": train.parse_args,
-    }
-    seen = 0
-    for command in commands:
-        words = shlex.split(command)
-        if words[0] == "python" and words[1] in parsers:
-            parsers[words[1]](words[2:])
-            seen += 1
-    assert seen >= 12
-    options = re.findall(r"accelerate launch train.py (--[^`#\n]*)", README)
-    assert options
-    for line in options:
-        train.parse_args(shlex.split(line))
-
-
-def test_the_data_commands_run_on_the_examples(checkout):
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
-    commands = [line for line in lines if line.startswith("python dataset_scripts/") and "~" not in line]
-    assert len(commands) == 4
-    for command in commands:
-        words = shlex.split(command)
-        result = subprocess.run([sys.executable, ROOT / words[1], *words[2:]], capture_output=True, text=True)
-        # The three frames are of the drive that the example was trained on, and the audit says so.
-        assert result.returncode == ("audit_splits" in command), result.stderr
-        assert "audit_splits" not in command or "LEAKS: same scene 1" in result.stdout
-
-
-def test_the_first_commands_are_install_and_train_then_the_tests():
-    first, second = blocks("bash")[:2]
+def test_the_first_commands_install_and_train_then_test():
+    first, second = blocks(README, "bash")[:2]
     assert first.strip() == "pip install -e . && accelerate launch train.py"
     assert second.strip() == 'pip install -e ".[test]" && python -m pytest'
-    # CI runs the second one, word for word but for the quiet option.
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert 'pip install --quiet -e ".[test]"' in ci and "python -m pytest" in ci
 
 
-def test_the_file_map_is_complete():
-    listed = set(re.findall(r"`([a-z0-9_]+\.py)[` ]", README[README.index("## Files") :]))
-    scripts = {file.name for file in (ROOT / "dataset_scripts").glob("*.py")}
-    assert listed - scripts == {file.name for file in ROOT.glob("*.py")} - {"setup.py"}
-    assert all((ROOT / link).exists() for link in re.findall(r"\]\((?!http)(.*?)\)", README))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_parses(page):
+    programs = 0
+    for line in shell_lines(page):
+        words = shlex.split(line)
+        if found := program_of(words):
+            options = named(COMMANDS[found[0]].options)
+            assert isinstance(parse(options, None, found[1]), options)
+            programs += 1
+        files = [word for word in words if re.fullmatch(r"[\w/.]+\.(py|sh|yaml)", word) and "*" not in word]
+        assert all((ROOT / file).is_file() for file in files), line
+    assert programs or page.name in ("exactness.md", "design.md", "CONTRIBUTING.md", "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if "```python" in TEXT[page]], ids=lambda page: page.name)
+def test_every_python_block_runs(page, checkout):
+    for code in blocks(page, "python"):
+        scope: dict = {}
+        exec(code, scope)
+        if "masks" in scope:
+            assert scope["masks"] and scope["masks"].keys() <= set(micro_model().config.id2label.values())
+        if "labels" in scope:
+            assert scope["labels"].shape == (1, 224, 224)
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_data_run(checkout):
+    lines = [line for line in shell_lines(README) if "my/" in line or "mine" in line]
+    assert len(lines) == 4
+    small = ["--steps", "2", "--crop", "64", "--tracker", "none", "--overlays", "0", "--min-pixels", "100"]
+    for line in lines:
+        name, argv = program_of(shlex.split(line))
+        assert start(name, [*argv, *(small if name == "train" else [])]) == 0, line
+    assert (checkout / "runs/mine/evaluation/report.html").is_file()
+
+
+@pytest.mark.slow
+def test_the_data_commands_run_on_the_examples(checkout):
+    lines = [line for line in shell_lines(ROOT / "docs/data.md") if line.startswith("tqdm-seg") and "~" not in line]
+    assert len(lines) == 4
+    for line in lines:
+        words = shlex.split(line)
+        command = [sys.executable, "-m", "tqdm_seg.cli", *words[1:]]
+        result = subprocess.run(command, capture_output=True, text=True)
+        # The three frames are of the drive that the example was trained on, and the audit finds that.
+        assert result.returncode == (words[1] == "audit"), result.stderr
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / link).exists(), link
+
+
+def tree_paths(block: str) -> set[str]:
+    """Paths of a file tree, one per line, folders by two spaces of indentation."""
+    folders: list[str] = []
+    paths = set()
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        for name in re.match(r"\s*(\S+(?: \S+)*)", line)[1].split():
+            if not name.startswith("="):
+                folders = [*folders[:depth], name]
+                paths.add("".join(folders))
+    return paths
+
+
+def test_the_tree_of_the_design_page_names_every_file():
+    tree = tree_paths(blocks(ROOT / "docs/design.md", "")[-1])
+    files = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("tqdm_seg/**/*.py") if file.stat().st_size)]
+    assert {path for path in tree if path.endswith(".py")} == {f.relative_to(ROOT).as_posix() for f in files}
+    assert all((ROOT / path).exists() for path in tree)
+
+
+def test_the_tree_of_the_readme_names_every_file_at_the_root_and_every_folder():
+    tree = tree_paths(blocks(README, "")[-1])
+    folders = {f"{folder.relative_to(ROOT)}/" for folder in ROOT.glob("tqdm_seg/*") if (folder / "__init__.py").is_file()}
+    folders |= {"recipes/", "benchmarks/", "metrics/", "tests/", "examples/", "docs/", "dataset_scripts/", "tqdm_seg/"}
+    assert {path for path in tree if path.endswith("/")} == folders
+    files = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("tqdm_seg/*.py") if file.name != "__init__.py")]
+    assert tree - folders == {file.relative_to(ROOT).as_posix() for file in files}
+    assert all((ROOT / path).exists() for path in tree)
