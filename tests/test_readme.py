@@ -25,7 +25,8 @@ LAUNCHERS = ("accelerate launch", "torchrun", "python")
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT[page], re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT[page], re.DOTALL | re.MULTILINE)
+    return [block for found, block in fenced if found == language]
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -140,10 +141,10 @@ def tree_paths(block: str) -> set[str]:
     paths = set()
     for line in block.splitlines():
         depth = (len(line) - len(line.lstrip())) // 2
-        for name in re.match(r"\s*(\S+(?: \S+)*)", line)[1].split():
-            if not name.startswith("="):
-                folders = [*folders[:depth], name]
-                paths.add("".join(folders))
+        name = line.split()[0]
+        if not name.startswith("="):
+            folders = [*folders[:depth], name]
+            paths.add("".join(folders))
     return paths
 
 
