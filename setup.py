@@ -1,4 +1,4 @@
-"""Packaging: a checkout's root modules, metric and example frames go into the one package, `tqdm_seg`, of a wheel.
+"""Packaging: a checkout's root modules, metric, example frames and recipes go into the one package, `tqdm_seg`, of a wheel.
 
 The distribution is not called "tqdm": that name belongs to the progress bar.
 """
@@ -32,7 +32,7 @@ class BuildPackage(build_py):
         """Copies modules, then the folders that users without a checkout need."""
         super().run()
         if not self.editable_mode:
-            for folder in ("metrics", "examples"):
+            for folder in ("metrics", "examples", "recipes"):
                 target = Path(self.build_lib) / "tqdm_seg" / folder
                 shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
             for stub in (Path(self.build_lib) / "tqdm_seg").glob("*.pyi"):  # they stand for files that now lie beside

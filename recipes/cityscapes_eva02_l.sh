@@ -28,7 +28,7 @@ START=${START:-models/eva02_clip_l14} RUN=${RUN:-runs/cityscapes_eva02_l}
 
 # Data.
 for name in cityscapes bdd100k mapillary; do
-    unless "$DATA/$name/manifest.json" tqdm-seg prepare "$name" "$RAW/$name" "$DATA/$name"
+    unless "$DATA/$name/manifest.json" tqdm-seg prepare "$name" "$RAW/$name" --out "$DATA/$name"
 done
 
 # Start model: EVA02-CLIP of open_clip, downloaded.

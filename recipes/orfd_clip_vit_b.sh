@@ -26,7 +26,7 @@ set -euo pipefail
 START=${START:-models/clip_vit_b16} RUN=${RUN:-runs/orfd_clip_vit_b}
 
 # Data.
-unless "$DATA/orfd/manifest.json" tqdm-seg prepare orfd "$RAW/orfd" "$DATA/orfd"
+unless "$DATA/orfd/manifest.json" tqdm-seg prepare orfd "$RAW/orfd" --out "$DATA/orfd"
 
 # Start model: OpenAI's CLIP, downloaded. (OpenAI's own file: ViT-B-16.pt, without --from.)
 unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 "$START" \

@@ -22,11 +22,11 @@ export RAW DATA RUN=${RUN:-runs/orfd_clip_vit_b}
 
 # Training, unless there is a model.
 [ -d "$RUN/model" ] || bash "$(dirname "$0")/orfd_clip_vit_b.sh" "$@"
-unless "$DATA/road3d/manifest.json" tqdm-seg prepare road3d "$RAW/road3d" "$DATA/road3d"
+unless "$DATA/road3d/manifest.json" tqdm-seg prepare road3d "$RAW/road3d" --out "$DATA/road3d"
 trained || exit 0
 
-# Audit. Exit status 1 says that leaks were found; which scenes becomes an attribute of every test scene.
-tqdm-seg audit "$DATA/road3d:test" "$DATA/orfd:train" --no-pictures --csv "$RUN/leaks.csv" || [ $? -eq 1 ]
+# Audit. Exit status 3 says that leaks were found; which scenes becomes an attribute of every test scene.
+tqdm-seg audit "$DATA/road3d:test" "$DATA/orfd:train" --no-images --csv "$RUN/leaks.csv" || [ $? -eq 3 ]
 echo scene,seen > "$RUN/seen.csv"
 while read -r scene; do
     if grep -q "^same scene,$scene," "$RUN/leaks.csv"; then seen=yes; else seen=no; fi

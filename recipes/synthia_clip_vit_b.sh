@@ -30,7 +30,7 @@ START=${START:-models/clip_vit_b16} RUN=${RUN:-runs/synthia_clip_vit_b}
 
 # Data.
 for name in synthia cityscapes bdd100k mapillary; do
-    unless "$DATA/$name/manifest.json" tqdm-seg prepare "$name" "$RAW/$name" "$DATA/$name"
+    unless "$DATA/$name/manifest.json" tqdm-seg prepare "$name" "$RAW/$name" --out "$DATA/$name"
 done
 
 # Start model: OpenAI's CLIP, downloaded. (OpenAI's own file: ViT-B-16.pt, without --from.)

@@ -157,7 +157,9 @@ def test_the_tree_of_the_design_page_names_every_file():
 
 def test_the_tree_of_the_readme_names_every_file_at_the_root_and_every_folder():
     tree = tree_paths(blocks(README, "")[-1])
-    folders = {f"{folder.relative_to(ROOT)}/" for folder in ROOT.glob("tqdm_seg/*") if (folder / "__init__.py").is_file()}
+    folders = {
+        f"{folder.relative_to(ROOT)}/" for folder in ROOT.glob("tqdm_seg/*") if (folder / "__init__.py").is_file()
+    }
     folders |= {"recipes/", "benchmarks/", "metrics/", "tests/", "examples/", "docs/", "dataset_scripts/", "tqdm_seg/"}
     assert {path for path in tree if path.endswith("/")} == folders
     files = [*ROOT.glob("*.py"), *(file for file in ROOT.glob("tqdm_seg/*.py") if file.name != "__init__.py")]
