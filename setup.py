@@ -1,4 +1,4 @@
-"""Packaging: a checkout's root modules, metric, example frames and recipes go into the one package, `tqdm_seg`, of a wheel.
+"""Packaging: the one package, `tqdm_seg`, of a wheel has a checkout's root modules, metric, examples and recipes, too.
 
 The distribution is not called "tqdm": that name belongs to the progress bar.
 """
