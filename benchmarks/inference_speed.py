@@ -46,9 +46,11 @@ from rivals import RIVALS, build_rival
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
-from tqdm_seg.deploy.export import OPSET, OnnxSegmenter, WindowModel, export_onnx, parse_size
+from tqdm_seg.deploy.export import OnnxSegmenter, WindowModel, export_onnx
+from tqdm_seg.deploy.options import OPSET
 from tqdm_seg.deploy.speed import DTYPES, ready_to_predict
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.program import size as image_size
 
 BASELINES = ["published-order", "mask2former-swin-b"]
 
@@ -206,7 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=sorted(PRESETS), default="clip_vit_b16", help="of our model (%(default)s)")
     parser.add_argument(
-        "--size", nargs="+", type=parse_size, default=[(512, 512), (1024, 2048)],
+        "--size", nargs="+", type=image_size, default=[(512, 512), (1024, 2048)],
         help="image HEIGHTxWIDTH, one or more (default: 512x512 1024x2048)",
     )  # fmt: skip
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these only, as named above (default: all)")

@@ -1,6 +1,7 @@
-"""What is exported computes what the model does, and predict.py makes the same maps with it."""
+"""What is exported computes what the model does, and `predict` makes the same maps with it."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,10 +11,11 @@ import torch
 from conftest import micro_config, micro_model
 from PIL import Image
 
-from tqdm_seg.deploy import export as export_tqdm
-from tqdm_seg.deploy import predict
+import tqdm_seg.deploy.export as export_tqdm
+from tqdm_seg.commands import start
 from tqdm_seg.deploy.export import OnnxSegmenter
 from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.deploy.options import OPSET
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -28,14 +30,14 @@ def made(request, one_thread, tmp_path_factory) -> tuple[TqdmForSemanticSegmenta
     CLIP's last patches are padded and its window.pt2 is of whole windows, EVA02's are stretched, and of low ones.
     """
     folder = tmp_path_factory.mktemp(request.param)
-    rest, size = ("pad", []) if request.param == "clip" else ("stretch", ["--size", "28x32"])
+    rest, size = ("pad", None) if request.param == "clip" else ("stretch", (28, 32))
     model = micro_model(request.param, vision_config={"patch_remainder": rest})
     with torch.no_grad():
         for layer in model.model.mask_decoder.mask_head[::2]:
             layer.weight.mul_(4)
         model.model.mask_decoder.class_head.bias[1] -= 2
     save_model_folder(model, TqdmImageProcessor(), folder / "model")
-    export_tqdm.main([str(folder / "model"), str(folder / "export"), *size])
+    export_tqdm.export(model=str(folder / "model"), out=folder / "export", size=size)
     return model, folder / "model", folder / "export"
 
 
@@ -55,9 +57,9 @@ def test_the_folder_holds_both_files_and_what_they_were_checked_on(made):
     facts = json.loads((export / "export.json").read_text())
     clip = model.config.vision_config.tower == "clip"
     assert (facts["size"], facts["multiple_of"]) == (([32, 32], 8) if clip else ([28, 32], 1))
-    assert facts["opset"] == export_tqdm.OPSET and facts["bound"] == 5e-4
-    assert set(facts["checks"]["window.pt2"]) == {"random", "picture", "both, three at once"}
-    assert set(facts["checks"]["window.onnx"]) == {"random", "picture", "both, three at once", "larger"}
+    assert facts["opset"] == OPSET and facts["bound"] == 5e-4
+    assert set(facts["checks"]["window.pt2"]) == {"random", "image", "both, three at once"}
+    assert set(facts["checks"]["window.onnx"]) == {"random", "image", "both, three at once", "larger"}
     assert all(0 <= value <= 3e-5 for found in facts["checks"].values() for value in found.values())
     assert json.loads((export / "config.json").read_text())["frozen_texts"] == model.config.class_names
 
@@ -99,7 +101,7 @@ def test_predict_makes_the_same_maps_with_either_backend(made, photo, tmp_path, 
     for model, backend in ((made[1], "torch"), (made[2], "onnxruntime")):
         out = tmp_path / backend
         arguments = [str(model), str(photo), "--out", str(out), "--backend", backend, "--device", "cpu", *options]
-        assert predict.main(arguments) == 0
+        assert start("predict", arguments) == 0
         maps.append(np.array(Image.open(out / "ids" / "photo.png")))
         protocols.append(json.loads((out / "areas.json").read_text())["protocol"])
     assert len(np.unique(maps[0])) > 1 and np.mean(maps[0] != maps[1]) < 1e-3
@@ -110,18 +112,20 @@ def test_predict_makes_the_same_maps_with_either_backend(made, photo, tmp_path, 
 @pytest.mark.parametrize(
     ("folder", "options", "message"),
     [
-        (2, ["--backend", "onnxruntime", "--dtype", "bf16"], "an export computes in float32"),
-        (2, ["--backend", "onnxruntime", "--compile"], "an export computes in float32"),
-        (2, ["--backend", "onnxruntime", "--device", "mps"], "cpu or cuda here, not on mps"),
-        (2, [], "was made by export_tqdm.py; add --backend onnxruntime"),
-        (1, ["--backend", "onnxruntime"], "holds no window.onnx.*python export_tqdm.py MODEL OUT"),
+        (2, ["--backend", "onnxruntime", "--precision", "bf16"], "--precision"),
+        (2, ["--backend", "onnxruntime", "--compile"], "--compile"),
+        (2, ["--backend", "onnxruntime", "--device", "mps"], "cpu or cuda"),
+        (2, [], "add --backend onnxruntime"),
+        (1, ["--backend", "onnxruntime"], "window.onnx.*tqdm-seg export MODEL OUT"),
     ],
 )
 def test_what_does_not_go_together_is_named_with_the_fix(made, photo, tmp_path, capsys, folder, options, message):
-    with pytest.raises(SystemExit):
-        predict.main([str(made[folder]), str(photo), "--out", str(tmp_path), *options])
-    written = " ".join(capsys.readouterr().err.split())
-    assert pytest.RaisesExc(ValueError, match=message).matches(ValueError(written))
+    try:
+        status = start("predict", [str(made[folder]), str(photo), "--out", str(tmp_path), *options])
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr().err
+    assert status in (1, 2) and printed.count("\n") == 1 and re.search(message, printed), printed
 
 
 def test_what_cannot_be_run_is_named_with_the_fix(made, tmp_path):
@@ -143,7 +147,7 @@ def test_a_missing_runtime_is_named_with_the_fix(made, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
         OnnxSegmenter(made[2])
     with pytest.raises(ImportError, match="pip install onnx onnxscript onnxruntime"):
-        export_tqdm.main([str(made[1]), str(tmp_path / "out")])
+        export_tqdm.export(model=str(made[1]), out=tmp_path / "out")
 
 
 def test_an_export_that_differs_or_stops_leaves_nothing(tmp_path, monkeypatch):
@@ -153,20 +157,20 @@ def test_an_export_that_differs_or_stops_leaves_nothing(tmp_path, monkeypatch):
     save_model_folder(micro_model(), TqdmImageProcessor(), tmp_path / "model")
     monkeypatch.setattr(export_tqdm, "export_torch", write)
     monkeypatch.setattr(torch.export, "load", lambda path: SimpleNamespace(module=lambda: torch.zeros_like))
-    words = [str(tmp_path / "model"), str(tmp_path / "out"), "--format", "torch"]
+    fields = {"model": str(tmp_path / "model"), "out": tmp_path / "out", "format": "torch"}
     with pytest.raises(ValueError, match="window.pt2 differs from the model"):
-        export_tqdm.main(words)
+        export_tqdm.export(**fields)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export_tqdm, "check", stop)
+    monkeypatch.setattr(export_tqdm, "compare_scores", stop)
     with pytest.raises(KeyboardInterrupt):
-        export_tqdm.main(words)
+        export_tqdm.export(**fields)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
-    export_tqdm.main([*words, "--no-check"])
+    export_tqdm.export(**fields, check=False)
     assert json.loads((tmp_path / "out" / "export.json").read_text())["checks"] == {}
 
 
@@ -187,3 +191,15 @@ def test_the_torch_file_is_of_a_window_or_of_the_size_asked_for():
     )
     with pytest.raises(ValueError, match="slides windows of 32x32"):
         export_tqdm.window_size(config, (40, 52))
+
+
+def test_only_an_earlier_export_is_replaced(tmp_path):
+    save_model_folder(micro_model(), TqdmImageProcessor(), tmp_path / "model")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "full", tmp_path / "file", tmp_path / "model"):
+        with pytest.raises(FileExistsError, match=out.name):
+            export_tqdm.export(model=str(tmp_path / "model"), out=out)
+    assert (tmp_path / "full/thesis.txt").read_text() == (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "model/model.safetensors").is_file()

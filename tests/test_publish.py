@@ -38,7 +38,7 @@ PUSH = """
 import sys
 from pathlib import Path
 from huggingface_hub import constants
-from tqdm_seg.deploy.publish import push_folder
+from tqdm_seg.deploy.folder import push_folder
 for address, repository in zip(sys.argv[2::2], sys.argv[3::2]):
     if address != "-":
         constants.ENDPOINT = address

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from . import __version__
 from .commands import COMMANDS, SOURCES, start
+from .program import did_you_mean
 
 PREPARE = "prepare"
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         first = f"{PREPARE} {dataset}"
     if first not in COMMANDS:
-        print(f"error: no command {first!r}; see tqdm-seg --help", file=sys.stderr)
+        print(f"error: no command {first!r}{did_you_mean(first, list(COMMANDS))}; see tqdm-seg --help", file=sys.stderr)
         return 2
     return start(first, rest)
 

@@ -4,6 +4,7 @@ Only the options are imported before the command line is parsed, so that help an
 """
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ def start(name: str, argv: Sequence[str] | None = None) -> int:
     """Runs one command; its exit status. The program's own file may be called instead: `python train.py ...`."""
     argv = sys.argv[1:] if argv is None else argv
     command = COMMANDS[name]
+    # transformers imports torchao, which makes torch warn.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     options = named(command.options)
     chosen = parse(options, options.__doc__, argv, f"tqdm-seg {name}")
 
@@ -60,4 +63,4 @@ def start(name: str, argv: Sequence[str] | None = None) -> int:
         result = named(command.function).__wrapped__(chosen)
         return result if isinstance(result, int) else 0
 
-    return run(work, DEBUG in argv)
+    return run(work, DEBUG in argv, chosen)

@@ -7,9 +7,11 @@ immediate.
 
 import argparse
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
+import re
 import sys
 import traceback
 import types
@@ -29,7 +31,8 @@ _MISSING = dataclasses.MISSING
 def option(default: Any = _MISSING, *, help: str, group: str | None = None, **argument: Any) -> Any:
     """A field of an options class; `argument` is for argparse's `add_argument`, where the field's type does not say it.
 
-    Without a default it is required: a positional argument, unless `flag=True`. `%(default)s` in the help is replaced.
+    Without a default it is required: a positional argument, unless `flag=True`. The help gets "(default: ...)", unless
+    it speaks of a default itself. A field `from_` is the option `--from`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **argument})
 
@@ -63,39 +66,74 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints `error: what, what to do` and exits with 2, the status of wrong use."""
-        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            message += did_you_mean(unknown[1], list(self._option_string_actions))
+        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """' (did you mean X?)' with the nearest of the known words, or nothing."""
+    return "".join(f" (did you mean {near}?)" for near in difflib.get_close_matches(word, known, 1))
+
+
+def one_line(text: str) -> str:
+    """The text with every run of white space as one space."""
+    return " ".join(text.split())
 
 
 def parser_of(options: type, description: str | None, prog: str | None = None) -> Parser:
     """The command line of an options class: one argument per field, in groups, defaults in the help."""
     parser = Parser(
-        prog=prog, description=inspect.cleandoc(description or ""), formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+        prog=prog, description=inspect.cleandoc(description or ""), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     parser.add_argument(DEBUG, action="store_true", help="show the traceback of an error")
     groups: dict[str | None, Any] = {None: parser}
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
         argument = dict(field.metadata)
+        argument["help"] = re.sub(r"%(?![(%])", "%%", argument["help"])
         title, flag = argument.pop("group"), argument.pop("flag", False)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add = groups[title].add_argument
         required = field.default is _MISSING and field.default_factory is _MISSING
-        argument = _by_type(hints[field.name], field.default) | argument
+        guessed = _by_type(hints[field.name], field.default)
+        if "type" in argument:  # it takes the whole text
+            guessed.pop("nargs", None)
+        argument = guessed | argument
         if required and not flag:
             add(field.name, **({"metavar": field.name.upper()} | argument))
-        else:
-            argument |= {"required": True} if required else {"default": field.default}
-            add(f"--{field.name.replace('_', '-')}", **argument)
+            continue
+        argument["help"] += _shown_default(field.default, argument)
+        argument |= {"required": True} if required else {"default": field.default}
+        add(f"--{field.name.rstrip('_').replace('_', '-')}", dest=field.name, **argument)
     return parser
 
 
-def _by_type(hint: Any, default: Any) -> dict[str, Any]:
-    """What `add_argument` needs for a field of this type: bool, int, float, str, Path, Literal, any of them or None."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = next(part for part in typing.get_args(hint) if part is not type(None))
+def _shown_default(default: Any, argument: dict[str, Any]) -> str:
+    """' (default: 3)', or nothing where the help says it or there is nothing to say."""
+    if default in (_MISSING, None, "", ()) or isinstance(default, bool) or "default" in argument["help"]:
+        return ""
+    if isinstance(default, tuple):
+        default = ("x" if argument.get("type") is size else " " if "nargs" in argument else ",").join(map(str, default))
+    return f" (default: {default})".replace("%", "%%")
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The types of a union, or the one type."""
+    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _by_type(hint: Any, default: Any = None) -> dict[str, Any]:
+    """What `add_argument` needs for a field of this type: bool, int, float, str, Path, Literal, tuples, any or None."""
+    hint = next(part for part in _parts(hint) if part is not type(None))
     if typing.get_origin(hint) is Literal:
         return {"choices": list(typing.get_args(hint))}
+    if typing.get_origin(hint) is tuple:
+        return {"nargs": "+", **_by_type(typing.get_args(hint)[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
     return {"type": {int: int, float: finite, Path: Path}[hint]} if hint in (int, float, Path) else {}
@@ -116,24 +154,49 @@ def parse(options: Callable[..., O], description: str | None, argv: Sequence[str
 def takes(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R]]:
     """Decorates `program(options)`, so that it is called with the fields of `options`: `program(model=..., out=...)`.
 
-    The undecorated function is its `__wrapped__`.
+    A text does for a path, and a list or one item for a tuple. The undecorated function is its `__wrapped__`.
     """
 
     def decorate(function: Callable[[O], R]) -> Callable[P, R]:
+        hints = typing.get_type_hints(options)
+
         @functools.wraps(function)
         def program(*args: P.args, **kwargs: P.kwargs) -> R:
-            return function(options(*args, **kwargs))
+            fields: Any = {name: _as_typed(name, value, hints.get(name)) for name, value in kwargs.items()}
+            return function(options(*args, **fields))
 
-        program.__signature__ = inspect.signature(options)  # type: ignore[attr-defined]
+        program.__signature__ = inspect.signature(options).replace(  # type: ignore[attr-defined]
+            return_annotation=inspect.signature(function).return_annotation
+        )
         return program
 
     return decorate
 
 
-def run(work: Callable[[], object], debug: bool = False) -> int:
+def _as_typed(name: str, value: Any, hint: Any) -> Any:
+    """The value as the field's type has it; raises ValueError naming the field for a choice that there is not."""
+    for part in _parts(hint):
+        if typing.get_origin(part) is tuple and value is not None:
+            items = [value] if isinstance(value, str | Path) else value
+            return tuple(_as_typed(name, item, typing.get_args(part)[0]) for item in items)
+        if part is Path and isinstance(value, str):
+            return Path(value)
+        if typing.get_origin(part) is Literal and value is not None and value not in typing.get_args(part):
+            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(part)))}")
+        if part is float and isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, no finite number")
+    return value
+
+
+# Options that lower the memory a program needs, where it has them.
+_SAVES_MEMORY = ("batch_size", "window_batch", "crop", "window", "size", "workers")
+
+
+def run(work: Callable[[], object], debug: bool = False, options: object = None) -> int:
     """Does the work; the exit status: 0, 1 after printing one line of what went wrong, 130 after Ctrl-C.
 
-    A program that has to end with another status returns it as an int. debug: errors keep their traceback.
+    A program that has to end with another status returns it as an int. debug: errors keep their traceback. options: of
+    the program, for the advice where memory runs out.
     """
     try:
         status = work()
@@ -143,9 +206,27 @@ def run(work: Callable[[], object], debug: bool = False) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        expected = isinstance(error, (OSError, ValueError, ImportError, FloatingPointError))
-        message = " ".join(str(error).split()) or type(error).__name__
-        hint = "" if expected else f" ({type(error).__name__}, not foreseen: {DEBUG} shows where, please report it)"
-        print(f"error: {message}{hint}", file=sys.stderr)
+        print(f"error: {explain(error, options)}", file=sys.stderr)
         return 1
     return status if isinstance(status, int) and not isinstance(status, bool) else 0
+
+
+def explain(error: Exception, options: object = None) -> str:
+    """What went wrong, on one line."""
+    message = one_line(str(error)) or type(error).__name__
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        missing = isinstance(error, FileNotFoundError)
+        return f"{'file not found' if missing else error.strerror}: {error.filename}"
+    if _out_of_memory(error):
+        lower = [f"--{name.replace('_', '-')}" for name in _SAVES_MEMORY if hasattr(options, name)]
+        advice = f"lower {', '.join(lower)}" if lower else "choose a smaller model"
+        return f"probably out of memory ({message}); {advice}, or use a larger device"
+    if isinstance(error, OSError | ValueError | ImportError | FloatingPointError):
+        return message
+    return f"{message} ({type(error).__name__}, not foreseen: {DEBUG} shows where, please report it)"
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's error, torch's, and what torch's CPU allocator and a failed cuBLAS handle say."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))

@@ -1,4 +1,4 @@
-"""Classes as colours over an image, and the legend that names them."""
+"""Colours of classes, overlays, and legends."""
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -12,12 +12,12 @@ _FIRST_COLOURS = [
 def class_colours(num_classes: int) -> np.ndarray:
     """One RGB colour per class (K, 3) uint8; an id has the same colour in every class list.
 
-    After the first seven, each is the vivid colour that the eye tells best from all before it.
+    After the first seven, each colour is the vivid one farthest from all before it, in the OKLab space.
     """
     levels = np.linspace(0, 255, 12).round().astype(np.uint8)
     candidates = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(-1, 3)
     seen = _oklab(candidates)
-    vivid = (np.hypot(seen[:, 1], seen[:, 2]) > 0.1) & (seen[:, 0] > 0.35)  # grey and black are lost over an image
+    vivid = (np.hypot(seen[:, 1], seen[:, 2]) > 0.1) & (seen[:, 0] > 0.35)  # grey and black are invisible over an image
     candidates, seen = candidates[vivid], seen[vivid]
     colours = [np.array(colour, np.uint8) for colour in _FIRST_COLOURS[:num_classes]]
     distance = np.full(len(seen), np.inf)
@@ -46,7 +46,10 @@ def _oklab(rgb: np.ndarray) -> np.ndarray:
 
 
 def tint(image: Image.Image, ids: np.ndarray, num_classes: int) -> Image.Image:
-    """The RGB image with half of its colour taken from its class ids (h, w), scaled to it; unknown ids stay bare."""
+    """The RGB image mixed half and half with the colours of its class ids (h, w), which are resized to it.
+
+    Pixels of unknown ids keep their colour.
+    """
     ids = np.asarray(Image.fromarray(ids.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
     known = ids < num_classes
     colours = class_colours(num_classes)[np.where(known, ids, 0)]
@@ -55,10 +58,10 @@ def tint(image: Image.Image, ids: np.ndarray, num_classes: int) -> Image.Image:
 
 
 def legend(class_names: dict[int, str], width: int) -> Image.Image:
-    """A white strip with a swatch and the name of every class, in as many rows as the width in pixels asks for.
+    """A white strip of this width with a swatch and the name of every class, in as many rows as needed.
 
-    The text grows with the width, so that it stays readable when the image is shown scaled down. The strip is wider
-    than asked for where a single name needs it.
+    The text grows with the width, so that it stays readable when the image is scaled down. A name that is too long
+    makes the strip wider.
     """
     size = max(14, round(width / 60))
     gap, font = size // 2, ImageFont.load_default(size)
@@ -76,6 +79,3 @@ def legend(class_names: dict[int, str], width: int) -> Image.Image:
         draw.rectangle((left, top, left + size, top + size), fill=tuple(colours[index]), outline="black")
         draw.text((left + size + gap, top + size / 2), name, "black", font, anchor="lm")
     return strip
-
-
-tinted = tint  # old name, until its callers use the new one

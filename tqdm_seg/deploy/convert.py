@@ -1,36 +1,41 @@
 """Weights of other programs become ours: published tqdm checkpoints, and CLIP or EVA02-CLIP to start a training from.
 
-    python convert_checkpoint.py tqdm.pth OUT                             # published checkpoint -> model folder
-    python convert_checkpoint.py ViT-B-16.pt OUT --init clip_vit_b16      # pre-trained CLIP -> start of a training
-    python convert_checkpoint.py EVA02-L-14-336:merged2b_s6b_b61k OUT --init eva02_clip_l14 --from open_clip
-    python convert_checkpoint.py openai/clip-vit-base-patch16 OUT --init clip_vit_b16 --from transformers
-
-Every key of the input is accounted for: renamed, or dropped for a reason (`key_rules_tqdm.py`); else it is an error.
+Every key of the input is renamed, or dropped for a reason (`key_rules.py`); any other key is an error.
 """
 
-import argparse
+import sys
+
+from ..commands import start
+
+if __name__ == "__main__":
+    sys.exit(start("convert"))
+
+
 import math
 import pickle
 import re
 import warnings
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CLIPModel
 
 from tqdm_seg.backbone_tqdm import TqdmVisionModel, resize_positions
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, PRESETS, TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
+from ..program import takes
 from .folder import save_model_folder
 from .key_rules import INITIAL_RULES, PUBLISHED_RULES, TEXT, VISION, apply_rules, dropped_keys
+from .options import ConvertOptions
 
 
 def convert_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -39,7 +44,7 @@ def convert_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 _PUBLISHED = "published tqdm checkpoint"
-# The first of these keys that a file has tells what it is, and the activation of its CLIP blocks where that is certain.
+# The first of these keys found in a file decides its kind, and the activation of its CLIP blocks where it is certain.
 _KINDS = (
     ("decode_head.query_embed.weight", _PUBLISHED, None),
     ("input_resolution", "OpenAI CLIP", "quick_gelu"),
@@ -53,23 +58,23 @@ _KINDS = (
 def recognise(state: dict[str, Tensor]) -> tuple[str, str | None]:
     """The kind of file that has these keys, and the activation of its CLIP blocks, "quick_gelu" or "gelu", if known.
 
-    For EVA02-CLIP that is the text tower's. Raises ValueError for a file of no kind that is read here.
+    For EVA02-CLIP that is the text tower's. Raises ValueError for a checkpoint of another kind.
     """
     for key, kind, activation in _KINDS:
         if key in state:
             return kind, activation
     raise ValueError(
-        f"keys like {list(state)[:4]} are not known here; what is read, with vision transformers only: "
+        f"unrecognised checkpoint with keys such as {list(state)[:4]}; supported, with vision transformers: "
         f"{', '.join(kind for _, kind, _ in _KINDS)}"
     )
 
 
 @dataclass
 class Conversion:
-    """What became of a file of some kind.
+    """What became of a file.
 
     used: number of its tensors that were loaded. dropped: its keys that were not, on purpose. fresh: our parameters and
-    buffers that it does not have, left at their random start.
+    buffers that it does not have, which keep their random start.
     """
 
     kind: str
@@ -89,10 +94,17 @@ class Conversion:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """State dict of a .safetensors file, a file of torch.save (mmcv's too) or a TorchScript archive, on the CPU.
 
-    Raises ValueError for a file that holds other objects than tensors, numbers and texts: nothing is unpickled.
+    Raises ValueError for a file that holds other objects than tensors, numbers and texts: no code of it is unpickled.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
     if path.suffix == ".safetensors":
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or no safetensors file ({error}); copy or download it again"
+            ) from error
     if _is_torchscript(path):  # OpenAI's files; such an archive is a program, of which only the tensors are taken
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
@@ -104,7 +116,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         held = list(state)[:8] if isinstance(state, dict) else type(state).__name__
         raise ValueError(
-            f'{path} holds no state dict but {held}; expected names with tensors, alone or under the key "state_dict"'
+            f'{path} holds no state dict but {held}; expected tensors by name, alone or under the key "state_dict"'
         )
     return {key.removeprefix("module."): tensor for key, tensor in state.items()}
 
@@ -120,10 +132,10 @@ def _load_saved(path: Path) -> object:
     """What torch.save wrote; raises ValueError, with a way out, for anything that only unpickling could restore."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:  # RuntimeError: a damaged archive
         refused = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))
         if not refused:
-            raise ValueError(f"{path} is no checkpoint that torch can read, or it is damaged; get it again") from error
+            raise ValueError(f"{path} is damaged or no checkpoint of torch; copy or download it again") from error
         raise ValueError(
             f"{path} holds more than tensors, numbers and texts: {refused} was refused. Restoring such an object means "
             "running code that the file names, so this program does not. If you trust the file, strip it to its "
@@ -134,16 +146,16 @@ def _load_saved(path: Path) -> object:
 
 
 def _tensor(weights: dict[str, Tensor], name: str) -> Tensor:
-    """The tensor of that name, before or after conversion; raises ValueError if there is none."""
+    """The tensor of this name, before or after conversion; raises ValueError if there is none."""
     if name not in weights:
         raise ValueError(
-            f"the checkpoint has no {name}, or nothing that becomes it; it is incomplete or of another kind"
+            f"the checkpoint lacks {name}, or the tensor that becomes it; it is incomplete or of another kind"
         )
     return weights[name]
 
 
 def architecture(weights: dict[str, Tensor]) -> dict[str, int | str]:
-    """The fields of a `TqdmConfig`, as "vision_config.hidden_size", that the shapes of converted towers tell."""
+    """The fields of a `TqdmConfig`, such as "vision_config.hidden_size", that follow from the towers' shapes."""
     depth = Counter(re.sub(r"blocks\.\d+\.norm1\.weight", "", name) for name in weights)
     tower, first = ("eva02", "w1") if VISION + "blocks.0.ffn.w1.weight" in weights else ("clip", "fc1")
     width, _, _, patch = _tensor(weights, VISION + "patch_embed.weight").shape
@@ -203,11 +215,11 @@ def check_rotary(state: dict[str, Tensor], vision_tower: TqdmVisionModel) -> Non
 
 
 def load_exactly(model: TqdmForSemanticSegmentation, weights: dict[str, Tensor], expected: set[str]) -> None:
-    """Loads converted weights; raises ValueError naming those that do not fit before anything is changed."""
+    """Loads converted weights; raises ValueError, changing nothing, naming those that do not fit."""
     state = model.state_dict()
     wrong = {
         "missing": sorted(expected - weights.keys()),
-        "without a place": sorted(weights.keys() - expected),
+        "unknown": sorted(weights.keys() - expected),
         "of another shape": [
             f"{name} {tuple(weights[name].shape)} for {tuple(state[name].shape)}"
             for name in sorted(expected & weights.keys())
@@ -223,17 +235,17 @@ def load_exactly(model: TqdmForSemanticSegmentation, weights: dict[str, Tensor],
 
 
 def load_published(
-    state: dict[str, Tensor], preset: str = "auto", classes: list[str] | None = None
+    state: dict[str, Tensor], preset: str = "auto", classes: Sequence[str] | None = None
 ) -> tuple[TqdmForSemanticSegmentation, Conversion]:
     """The model of a published checkpoint, with the file's number of classes, prompt length and text positions.
 
-    preset "auto": the one whose towers have the file's shapes. classes: names in id order, by default Cityscapes' 19.
+    preset "auto": the one whose towers have the file's shapes. classes: names in id order, Cityscapes' 19 by default.
     Raises ValueError for anything that does not fit.
     """
     kind, _ = recognise(state)
     if kind != _PUBLISHED:
         raise ValueError(
-            f"this is no tqdm checkpoint but {kind}; with --init PRESET it becomes the start of a training"
+            f"this is no tqdm checkpoint but {kind}; add --init PRESET to make the start of a training of it"
         )
     weights = convert_published(state)
     names = classes or CITYSCAPES_CLASSES
@@ -241,7 +253,7 @@ def load_published(
     if count != len(names):
         raise ValueError(
             f"the checkpoint has {count} classes and there are {len(names)} names{'' if classes else ' by default'}; "
-            "pass the names it was trained with, in id order: --classes first,second,..."
+            "pass the names it was trained with, in id order: --class-names first,second,..."
         )
     if preset == "auto":
         preset = fitting_preset(weights)
@@ -280,10 +292,10 @@ def initial_weights(state: dict[str, Tensor], config: TqdmConfig) -> dict[str, T
 
 
 def check_activation(kind: str, trained: str | None, config: TqdmConfig) -> None:
-    """Raises ValueError unless it is known what pre-trained CLIP blocks were trained with, and configured so."""
+    """Raises ValueError unless the activation of pre-trained CLIP blocks is known and the configuration's."""
     if trained is None:
         raise ValueError(
-            f"{kind}: the file does not tell its activation, and the wrong one spoils every feature without a trace. "
+            f"{kind}: the file does not say its activation, and a wrong one silently spoils every feature. "
             "Pass --activation quick_gelu for OpenAI's weights and those called quickgelu, gelu for others, as LAION's"
         )
     towers = [config.text_config] + [config.vision_config] * (config.vision_config.tower == "clip")
@@ -298,15 +310,16 @@ def check_activation(kind: str, trained: str | None, config: TqdmConfig) -> None
 def load_initial_weights(
     model: TqdmForSemanticSegmentation, source: str | Path | dict[str, Tensor], activation: str | None = None
 ) -> Conversion:
-    """Loads pre-trained towers from a file or state dict, whose kind is told by its keys; all else keeps its start.
+    """Loads pre-trained towers from a file or state dict, whose keys decide its kind; other weights stay.
 
-    activation: "quick_gelu" or "gelu", what the CLIP blocks of the source were trained with; needed where the file does
-    not tell, and must be the configuration's. Raises ValueError for anything that does not fit, changing nothing.
+    activation: "quick_gelu" or "gelu", with which the CLIP blocks of the source were trained; required where the file
+    does not say it, and must be the configuration's. Raises ValueError, changing nothing, for anything that does not
+    fit.
     """
     state = source if isinstance(source, dict) else read_checkpoint(Path(source))
     kind, known = recognise(state)
     if kind == _PUBLISHED:
-        raise ValueError("this is a tqdm checkpoint, not only pre-trained towers; convert it without --init")
+        raise ValueError("this is a whole tqdm checkpoint, not pre-trained towers; convert it without --init")
     if known and activation not in (None, known):
         raise ValueError(f"{kind}: always trained with {known}, not with {activation}; leave the activation out")
     weights = initial_weights(state, model.config)
@@ -320,7 +333,7 @@ def load_initial_weights(
 
 
 def start_model(
-    preset: str, state: dict[str, Tensor], activation: str | None = None, classes: list[str] | None = None
+    preset: str, state: dict[str, Tensor], activation: str | None = None, classes: Sequence[str] | None = None
 ) -> tuple[TqdmForSemanticSegmentation, Conversion]:
     """A model of the preset and the activation, with pre-trained towers; the rest is random."""
     config = TqdmConfig.from_preset(preset, id2label=dict(enumerate(classes or CITYSCAPES_CLASSES)))
@@ -346,7 +359,7 @@ def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
         if not tag:
             tags = open_clip.list_pretrained_tags_by_model(name)
             raise ValueError(f"{name} names no weights; add a tag, {name}:TAG, of {', '.join(tags) or 'that model'}")
-    # Some tags, openai among them, are also listed under a model name that stands for the other activation.
+    # Some tags, openai among them, are also listed under the model name of the other activation.
     quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) if tag else False
     model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, require_pretrained=True)
     quick = any(isinstance(module, QuickGELU) for module in model.modules())
@@ -354,7 +367,9 @@ def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
 
 
 def read_transformers(name: str) -> tuple[dict[str, Tensor], str]:
-    """State dict and activation of a CLIPModel, by hub id or folder."""
+    """State dict and activation of a CLIPModel, by Hub name or folder."""
+    from transformers import CLIPModel
+
     model = CLIPModel.from_pretrained(name)
     activations = {model.config.vision_config.hidden_act, model.config.text_config.hidden_act}
     if len(activations) > 1:
@@ -364,61 +379,24 @@ def read_transformers(name: str) -> tuple[dict[str, Tensor], str]:
     return model.state_dict(), activations.pop()
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help=".pth, .pt or .safetensors file, or what --from says")
-    parser.add_argument("out", help="model folder to write, for AutoModelForSemanticSegmentation and train.py --model")
-    purpose = parser.add_mutually_exclusive_group()
-    purpose.add_argument(
-        "--preset", choices=["auto", *sorted(PRESETS)], default="auto",
-        help="SOURCE is a published tqdm checkpoint of this preset; auto: told by its shapes (default %(default)s)",
-    )  # fmt: skip
-    purpose.add_argument(
-        "--init", choices=sorted(PRESETS), metavar="PRESET",
-        help=f"SOURCE is a pre-trained CLIP or EVA02-CLIP, OUT the start of a training: {', '.join(sorted(PRESETS))}",
-    )  # fmt: skip
-    parser.add_argument(
-        "--classes", metavar="A,B,...", type=lambda text: [name.strip() for name in text.split(",")],
-        help="class names in id order (default: the 19 of Cityscapes)",
-    )  # fmt: skip
-    init = parser.add_argument_group("with --init")
-    init.add_argument(
-        "--from", dest="origin", choices=["file", "open_clip", "transformers"], default="file",
-        help="what SOURCE is; open_clip: NAME:TAG as open_clip.list_pretrained() has it, or hf-hub:ORG/NAME; "
-        "transformers: hub id or folder of a CLIPModel; these two download (default %(default)s)",
-    )  # fmt: skip
-    init.add_argument(
-        "--activation", choices=["quick_gelu", "gelu"],
-        help="for a file that does not tell what it was trained with: quick_gelu for OpenAI's, gelu for most others",
-    )  # fmt: skip
-    init.add_argument("--seed", type=int, default=0, help="decides the weights not pre-trained (default %(default)s)")
-    args = parser.parse_args(argv)
-    if args.init is None and (args.origin != "file" or args.activation):
-        parser.error("--from and --activation are for pre-trained towers; say with --init PRESET which model to make")
-    if args.origin != "file" and args.activation:
-        parser.error(f"--activation is for files; with --from {args.origin} it is known")
-    return args
+def read_source(options: ConvertOptions) -> tuple[dict[str, Tensor], str | None]:
+    """State dict and, where it is known, activation of what the options name."""
+    if options.from_ == "open_clip":
+        return read_open_clip(options.source)
+    if options.from_ == "transformers":
+        return read_transformers(options.source)
+    return read_checkpoint(Path(options.source)), options.activation
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Converts, writes the folder, and prints what became of every tensor."""
-    args = parse_args(argv)
-    activation = args.activation
-    if args.origin == "open_clip":
-        state, activation = read_open_clip(args.source)
-    elif args.origin == "transformers":
-        state, activation = read_transformers(args.source)
+@takes(ConvertOptions)
+def convert(options: ConvertOptions) -> Path:
+    """Converts, writes the folder, and prints what became of every tensor; returns the folder."""
+    state, activation = read_source(options)
+    if options.init is None:
+        model, conversion = load_published(state, options.preset, options.class_names)
     else:
-        state = read_checkpoint(Path(args.source))
-    if args.init is None:
-        model, conversion = load_published(state, args.preset, args.classes)
-    else:
-        torch.manual_seed(args.seed)
-        model, conversion = start_model(args.init, state, activation, args.classes)
-    save_model_folder(model, TqdmImageProcessor(), args.out)
-    print(f"{conversion}\n{args.out}: {model.config.num_labels} classes, {model.num_parameters():,} parameters")
-
-
-if __name__ == "__main__":
-    main()
+        torch.manual_seed(options.seed)
+        model, conversion = start_model(options.init, state, activation, options.class_names)
+    save_model_folder(model, TqdmImageProcessor(), options.out)
+    print(f"{conversion}\n{options.out}: {model.config.num_labels} classes, {model.num_parameters():,} parameters")
+    return options.out

@@ -1,20 +1,13 @@
-"""The model for other runtimes, and onnxruntime as one of them.
+"""Writes a model for other runtimes, and runs such files by onnxruntime (`OnnxSegmenter`)."""
 
-    python export_tqdm.py MODEL OUT [--format onnx torch] [--size 512x512]
-    python predict.py OUT --backend onnxruntime photos/ --out results
+import sys
 
-    OUT/window.onnx    pixel_values (B, 3, h, w) float32, normalised -> scores (B, K, h, w) float32, of any size that is
-                       a multiple of "multiple_of" in export.json
-    OUT/window.pt2     the same for torch.export.load, of one size: a window; for CPUs
-    OUT/export.json    names, sizes, operator set, versions, and what the checks below found
+from ..commands import start
 
-The class texts are stored and the layers folded, so neither text tower nor this repository is needed to run it. Before
-OUT appears, every file is loaded anew and held against the model as it was loaded: on random numbers and on a picture,
-one and three at a time. Sliding over larger images is left to the program, here `OnnxSegmenter`. Weights of more than
-1.5 GB lie beside window.onnx, in window.onnx.data.
-"""
+if __name__ == "__main__":
+    sys.exit(start("export"))
 
-import argparse
+
 import importlib
 import importlib.util
 import json
@@ -33,14 +26,15 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter
 
-from ..data.files import run, written_whole
+from ..data.files import example, replace_folder
+from ..program import takes
 from .folder import load_model, model_folder
+from .options import ExportOptions
 from .speed import ready_to_predict
 
 INPUT, OUTPUT = "pixel_values", "scores"
-OPSET = 20  # the first that has GELU as one operator; onnxruntime reads it since 1.17
+MARK = "export.json"
 BOUND = 5e-4  # of a score, a sum of probabilities: what their logits may differ by from the published code's
-_PICTURES = Path(__file__).parent / "examples" / "frames"
 
 
 class WindowModel(nn.Module):
@@ -57,16 +51,16 @@ class WindowModel(nn.Module):
 
 
 def require(backend: str) -> Any:
-    """The module of this name; raises ImportError with the command that installs it."""
+    """Imports the module of this name; raises ImportError with the command that installs it."""
     if importlib.util.find_spec(backend) is None:
         raise ImportError(f"this needs the package {backend}: pip install onnx onnxscript onnxruntime")
     return importlib.import_module(backend)
 
 
 def window_size(config: TqdmConfig, asked: tuple[int, int] | None) -> tuple[int, int]:
-    """Height and width of window.pt2: as asked, else the model's window, else what its vision tower was made for.
+    """Height and width of window.pt2: as asked, else the model's window, else the size of its vision tower.
 
-    Raises ValueError for a size that no window of the model has; windows are smaller where the image is.
+    Raises ValueError for a size larger than the model's windows; those of small images are smaller.
     """
     side = config.window_size or config.vision_config.image_size
     if asked is not None and config.window_size is not None and max(asked) > side:
@@ -78,7 +72,7 @@ def window_size(config: TqdmConfig, asked: tuple[int, int] | None) -> tuple[int,
 
 
 def size_multiple(config: TqdmConfig) -> int:
-    """What height and width of images for window.onnx have to be multiples of; the model pads others with zeros."""
+    """Height and width of images for window.onnx are multiples of it; the model pads other images with zeros."""
     vision = config.vision_config
     return 1 if vision.patch_remainder == "stretch" else vision.patch_size
 
@@ -87,7 +81,7 @@ def export_onnx(window: WindowModel, path: Path, opset: int) -> None:
     """Writes the ONNX file; raises ValueError for an operator set that torch cannot write."""
     require("onnxscript")
     tower = window.model.model.vision_tower
-    # At the size of its position table the tower does not resize it, and the file would be for that size alone.
+    # At the size of its position table the tower does not resize the table, and the file would fit that size only.
     size = ((tower.grid + patches) * tower.config.patch_size for patches in (1, 2))
     program = torch.onnx.export(
         window, (torch.zeros(2, 3, *size),), dynamo=True, opset_version=opset, input_names=[INPUT],
@@ -105,18 +99,21 @@ def export_torch(window: WindowModel, example: Tensor, path: Path) -> None:
     torch.export.save(torch.export.export(window, (example,), dynamic_shapes=({0: batch},), strict=False), path)
 
 
-def check_inputs(processor: TqdmImageProcessor, size: tuple[int, int], patch: int, picture: Path) -> dict[str, Tensor]:
-    """What the files are tried on, by name: (1, 3, h, w) and (3, 3, h, w) of `size`, the last of another one."""
-    image = Image.open(picture).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+def check_inputs(processor: TqdmImageProcessor, size: tuple[int, int], patch: int, path: Path) -> dict[str, Tensor]:
+    """Inputs for the checks, by name: (1, 3, h, w) and (3, 3, h, w) of `size`, the last of another size.
+
+    path: an image. Raises OSError naming it when it cannot be read.
+    """
+    image = Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
     real = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, *size, generator=generator)
     larger = torch.randn(1, 3, size[0] + 3 * patch, size[1] + patch, generator=generator)
-    return {"random": noise[:1], "picture": real, "both, three at once": torch.cat((noise, real)), "larger": larger}
+    return {"random": noise[:1], "image": real, "both, three at once": torch.cat((noise, real)), "larger": larger}
 
 
 @torch.inference_mode()
-def check(
+def compare_scores(
     name: str, score: Callable[[Tensor], Tensor], inputs: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> dict[str, float]:
     """Largest difference of the file's scores on each of the inputs; raises ValueError if one is over `BOUND`."""
@@ -130,42 +127,62 @@ def check(
     return found
 
 
-def export_model(
-    folder: Path, out: Path, formats: list[str], asked_size: tuple[int, int] | None, opset: int, picture: Path | None
-) -> dict[str, Any]:
-    """Writes OUT, whole or not at all; returns what export.json holds. picture: None leaves out the checks."""
-    packages = [] if "onnx" not in formats else ["onnx", "onnxscript", *(["onnxruntime"] if picture else [])]
+def check_out(out: Path, model: Path) -> None:
+    """Raises FileExistsError unless OUT is new, empty, or an earlier export: only that is replaced."""
+    if out.resolve() == model.resolve():
+        raise FileExistsError(f"{out} is the model; choose a new folder for the export")
+    if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
+        raise FileExistsError(f"{out} exists and is no export; choose a new folder")
+
+
+@takes(ExportOptions)
+def export(options: ExportOptions) -> dict[str, Any]:
+    """Writes OUT, whole or not at all; returns what export.json holds."""
+    folder, out, formats = model_folder(options.model), options.out, options.format
+    check_out(out, folder)
+    packages = [] if "onnx" not in formats else ["onnx", "onnxscript", *(["onnxruntime"] if options.check else [])]
     versions = {"torch": torch.__version__} | {name: require(name).__version__ for name in packages}
     model, processor = load_model(folder)
-    config, size = model.config, window_size(model.config, asked_size)
-    inputs = check_inputs(processor, size, config.vision_config.patch_size, picture) if picture else {}
+    config, size, inputs = model.config, window_size(model.config, options.size), {}
+    if options.check:
+        image = options.image or sorted(example("frames").rglob("image_data/*.png"))[0]
+        inputs = check_inputs(processor, size, config.vision_config.patch_size, image)
     with torch.inference_mode():
         expected = {name: model.score(x) for name, x in inputs.items()}
-    window, example, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
+    window, zeros, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
-    with written_whole(out) as temporary:
+    with replace_folder(out) as temporary:
         config.to_json_file(temporary / "config.json")
         processor.to_json_file(temporary / "preprocessor_config.json")
         if "torch" in formats:
             path, facts["size"] = temporary / "window.pt2", list(size)
-            export_torch(window, example, path)
+            export_torch(window, zeros, path)
             if inputs:
                 fitting = {name: x for name, x in inputs.items() if x.shape[-2:] == size}
-                checks[path.name] = check(path.name, torch.export.load(path).module(), fitting, expected)
+                checks[path.name] = compare_scores(path.name, torch.export.load(path).module(), fitting, expected)
         if "onnx" in formats:
             path = temporary / "window.onnx"
-            facts |= {"opset": opset, "multiple_of": size_multiple(config)}
-            export_onnx(window, path, opset)
+            facts |= {"opset": options.opset, "multiple_of": size_multiple(config)}
+            export_onnx(window, path, options.opset)
             if inputs:
-                checks[path.name] = check(path.name, OnnxSegmenter(temporary).score, inputs, expected)
-        (temporary / "export.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                checks[path.name] = compare_scores(path.name, OnnxSegmenter(temporary).score, inputs, expected)
+        (temporary / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    print_files(out, checks)
     return facts
 
 
-class OnnxSegmenter(Segmenter):
-    """An exported model that predicts as `TqdmForSemanticSegmentation` does, computed by onnxruntime in float32.
+def print_files(out: Path, checks: dict[str, dict[str, float]]) -> None:
+    """A line for every file: its size, and its largest difference from the model."""
+    for path in sorted(out.glob("window.*")):
+        found = checks.get(path.name)
+        verdict = f", differs from the model by at most {max(found.values()):.1e}" if found else ""
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{verdict}")
 
-    device: "cpu" or "cuda". As many threads as torch uses. Raises FileNotFoundError for a folder that is no export,
+
+class OnnxSegmenter(Segmenter):
+    """An exported model with the predictions of `TqdmForSemanticSegmentation`, computed by onnxruntime in float32.
+
+    device: "cpu" or "cuda". Uses as many threads as torch. Raises FileNotFoundError for a folder that is no export,
     ValueError for a file that cannot be read, or a device that onnxruntime cannot use.
     """
 
@@ -176,9 +193,10 @@ class OnnxSegmenter(Segmenter):
         missing = [name for name in ("window.onnx", "config.json") if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(
-                f"{folder} holds no {missing[0]}, so it is no export to ONNX; make one: python export_tqdm.py MODEL OUT"
+                f"file not found: {folder / missing[0]}, so {folder} is no ONNX export; make one: "
+                "tqdm-seg export MODEL OUT"
             )
-        # Without its TF32, which rounds the factors of products to 10 bits.
+        # TF32, which rounds the factors of products to 10 bits, is off.
         providers = {"cpu": ("CPUExecutionProvider", {}), "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"})}
         if device not in providers:
             raise ValueError(f"onnxruntime computes on {' or '.join(providers)} here, not on {device}")
@@ -186,9 +204,9 @@ class OnnxSegmenter(Segmenter):
         options.intra_op_num_threads = torch.get_num_threads()
         try:
             self.session = runtime.InferenceSession(folder / "window.onnx", options, providers=[providers[device]])
-        except Exception as error:  # of onnxruntime's own classes, which have no common one
+        except Exception as error:  # onnxruntime's classes have no common base
             raise ValueError(f"cannot read {folder / 'window.onnx'}: {error}") from error
-        usable = device == "cpu" or torch.cuda.is_available()  # torch's, for the tensors that go in and come out
+        usable = device == "cpu" or torch.cuda.is_available()  # torch makes the input and takes the output
         # Asked for a GPU that it cannot use, onnxruntime takes the CPU without an error.
         if not usable or providers[device][0] not in self.session.get_providers():
             raise ValueError(
@@ -212,46 +230,3 @@ class OnnxSegmenter(Segmenter):
     def window_scorer(self) -> Callable[[Tensor], Tensor]:
         """`score`."""
         return self.score
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """'512x1024' -> (512, 1024); what argparse calls for an option."""
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, as 1024x2048")
-    return int(height), int(width)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, or name of a repository on the Hugging Face Hub")
-    add("out", metavar="OUT", type=Path, help="folder to write; one that is there is replaced")
-    add("--format", nargs="+", choices=["onnx", "torch"], default=["onnx", "torch"], help="(default: both)")
-    add(
-        "--size", type=parse_size, metavar="HxW",
-        help="pixels of window.pt2, and what both are checked on (default: the model's window, else its tower's size)",
-    )  # fmt: skip
-    add("--opset", type=int, default=OPSET, help="ONNX operator set (default: %(default)s)")
-    add("--picture", type=Path, help="for the check on a real picture (default: one of examples/frames)")
-    add("--no-check", action="store_true", help="do not hold the files against the model, which takes a minute")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Exports, checks, prints what was found."""
-    args = make_parser().parse_args(argv)
-    picture = args.picture or next(iter(sorted(_PICTURES.rglob("image_data/*.png"))), None)
-    if picture is None and not args.no_check:
-        raise FileNotFoundError("the check needs a picture, and examples/frames is not here; name one with --picture")
-    picture = None if args.no_check else picture
-    facts = export_model(model_folder(args.model), args.out, args.format, args.size, args.opset, picture)
-    for path in sorted(args.out.glob("window.*")):
-        found = facts["checks"].get(path.name)
-        verdict = f", differs from the model by at most {max(found.values()):.1e}" if found else ""
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB{verdict}")
-
-
-if __name__ == "__main__":
-    run(main)

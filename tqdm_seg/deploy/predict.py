@@ -1,41 +1,37 @@
-"""Segment images and videos with a trained model: pictures to look at, class ids to work with, areas to count.
+"""Segments images and videos with a trained model: overlays to look at, class ids to work with, areas to count."""
 
-    python predict.py MODEL street.jpg photos/ drive.mp4 --out results
-    python predict.py EXPORT photos/ --out results --backend onnxruntime     # EXPORT: made by export_tqdm.py
+import sys
 
-    results/overlays/street.png    the image with every class in its colour, and a legend
-    results/ids/street.png         8-bit grey, the value of a pixel is its class id
-    results/overlays/drive.mp4     the same overlay, frame by frame and without sound; ids of videos are not kept
-    results/areas.json             pixels and share of every class in every image and frame, and how they were computed
+from ..commands import start
 
-Files in folders keep their place under the folder. One that cannot be read is skipped and named in the end, with exit
-status 1. MODEL's own code is run: name only folders and repositories that you trust.
-"""
+if __name__ == "__main__":
+    sys.exit(start("predict"))
 
-import argparse
+
 import importlib.util
 import json
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image, ImageOps
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, BaseImageProcessor, PreTrainedModel
 
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.palette import legend, tinted
+from ..data.files import replace_file, write_file
+from ..data.palette import legend, tint
+from ..program import takes
 from .export import OnnxSegmenter
-from .speed import PRECISIONS, ready_to_predict, use_huge_pages
+from .folder import load_model, model_folder
+from .options import PredictOptions
+from .speed import ready_to_predict, use_huge_pages
 
 if TYPE_CHECKING:
     import av
@@ -44,44 +40,16 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
-def box(text: str) -> dict[str, int]:
-    """'2048x1024' -> the image processor's `size` of that box."""
-    sides = sorted(int(side) for side in text.split("x"))
-    if len(sides) != 2 or sides[0] < 1:
-        raise ValueError
-    return {"shortest_edge": sides[0], "longest_edge": sides[1]}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="model folder, or name of a repository on the Hugging Face Hub")
-    add("inputs", metavar="INPUT", nargs="+", help="image, video, or folder of both, searched with its subfolders")
-    add("--out", required=True, type=Path, metavar="DIR", help="for the results; files of the same name are replaced")
-    add("--classes", metavar="A,B,...", help="decide between these classes of the model only (default: all)")
-    add("--size", type=box, metavar="WxH", help="scale images to fit this box, as 2048x1024 (default: as they are)")
-    add("--window", type=int, metavar="PX", help="side of the sliding window, 0: whole images (default: the model's)")
-    add("--stride", type=int, metavar="PX", help="window to window (default: the model's; with --window 2/3 of it)")
-    add("--window-batch", type=int, metavar="N", help="windows at once, few save memory (default: the model's)")
-    add("--flip", action="store_true", help="average with the prediction for the mirrored image, in twice the time")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto (default): a GPU if any")
-    add("--dtype", choices=PRECISIONS, default="fp32", help="int8: on CPUs, with torchao (default %(default)s)")
-    add("--compile", action="store_true", help="torch.compile: minutes for the first image, then faster")
-    add("--backend", choices=["torch", "onnxruntime"], default="torch", help="onnxruntime: for exports (default torch)")
-    return parser
-
-
-def find_inputs(inputs: list[str], out: Path) -> dict[str, Path]:
-    """Files by the name that their results get: the path below the folder given, without suffix.
+def find_inputs(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
+    """Files by the name of their results: the path below the input folder, without suffix.
 
     Raises FileNotFoundError for what does not exist and for folders without images and videos, ValueError for two files
     whose results would have the same name.
     """
     found: dict[str, Path] = {}
-    for path in map(Path, inputs):
+    for path in inputs:
         if not path.exists():
-            raise FileNotFoundError(f"there is no {path}")
+            raise FileNotFoundError(f"file not found: {path}")
         files = [path]
         if path.is_dir():
             suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
@@ -93,32 +61,38 @@ def find_inputs(inputs: list[str], out: Path) -> dict[str, Path]:
             name = file.relative_to(path if path.is_dir() else path.parent).with_suffix("").as_posix()
             if name in found:
                 raise ValueError(
-                    f"{found[name]} and {file} would have the same result, {name}.png; start predict.py for each of "
-                    "them, with its own --out"
+                    f"{found[name]} and {file} would both become {name}.png; predict them one at a time, each with "
+                    "another --out"
                 )
             found[name] = file
     return found
 
 
-def choose_classes(model: PreTrainedModel | OnnxSegmenter, names: str | None) -> dict[int, str]:
+def choose_classes(known: dict[int, str], only: Sequence[str] | None) -> dict[int, str]:
     """The classes to decide between, by id; raises ValueError for names that the model does not know."""
-    known = model.config.id2label
-    if names is None:
+    if only is None:
         return known
-    wanted = [name.strip() for name in names.split(",")]
-    strange = [name for name in wanted if name not in known.values()]
-    if strange:
+    unknown = [name for name in only if name not in known.values()]
+    if unknown:
         raise ValueError(
-            f"the model has no class {', '.join(map(repr, strange))}, only {', '.join(known.values())}. A part of what "
-            "it learned belongs to one class each, so other classes need training: train.py --classes"
+            f"the model has no class {', '.join(map(repr, unknown))}, only {', '.join(known.values())}. A part of what "
+            "it learned belongs to one class each, so other classes need training: tqdm-seg train --class-names"
         )
-    if len(set(wanted)) < 2:
-        raise ValueError(f"--classes {names}: every pixel gets one of these classes, so name at least two")
-    return {index: name for index, name in known.items() if name in wanted}
+    return {index: name for index, name in known.items() if name in only}
+
+
+def choose_device(name: str) -> str:
+    """The device of an option, "auto": a GPU if there is one. Raises ValueError for one that torch does not find."""
+    found = [device for device in ("cuda", "mps") if getattr(torch, device).is_available()]
+    if name == "auto":
+        return (found or ["cpu"])[0]
+    if name != "cpu" and name not in found:
+        raise ValueError(f"torch finds no {name} device here; leave out --device, or install torch for {name}")
+    return name
 
 
 def set_windows(
-    model: PreTrainedModel | OnnxSegmenter, window: int | None, stride: int | None, window_batch: int | None
+    model: TqdmForSemanticSegmentation | OnnxSegmenter, window: int | None, stride: int | None, window_batch: int | None
 ) -> None:
     """Changes the sliding windows where a value is given; raises ValueError for values that do not go together."""
     config = model.config
@@ -136,14 +110,15 @@ def set_windows(
 
 @dataclass
 class Predictor:
-    """A model with everything that decides what it makes of an image."""
+    """A model and all that decides its prediction. size: of the box that images are scaled to fit."""
 
-    model: PreTrainedModel | OnnxSegmenter
-    processor: BaseImageProcessor
+    model: TqdmForSemanticSegmentation | OnnxSegmenter
+    processor: TqdmImageProcessor
     classes: dict[int, str]
     size: dict[str, int] | None = None
     flip: bool = False
-    dtype: str = "fp32"
+    precision: str = "fp32"
+    revision: str | None = None
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Class ids (H, W) uint8 of an RGB image, at its own size."""
@@ -157,8 +132,8 @@ class Predictor:
         return ids[scores[list(self.classes)].max(0).indices].cpu().numpy()
 
     def draw(self, image: Image.Image, ids: np.ndarray, named: dict[int, str]) -> Image.Image:
-        """The overlay, below it a legend of the classes `named`; both sides are even, as video formats want them."""
-        overlay, key = tinted(image, ids, self.model.config.num_labels), legend(named, image.width)
+        """The overlay above a legend of the classes `named`; both sides are even, as video formats need them."""
+        overlay, key = tint(image, ids, self.model.config.num_labels), legend(named, image.width)
         width, height = max(image.width, key.width), image.height + key.height
         canvas = Image.new("RGB", (width + width % 2, height + height % 2), "white")
         canvas.paste(overlay, (0, 0))
@@ -174,12 +149,12 @@ class Predictor:
         }
 
     def protocol(self) -> dict[str, object]:
-        """What it takes to get the same numbers again."""
+        """All that is needed to reproduce the numbers."""
         config, processor = self.model.config, self.processor
         size = self.size or (dict(processor.size) if processor.do_resize else None)
         return {
             "model": config.name_or_path,
-            "revision": getattr(config, "_commit_hash", None),  # of a Hub repository
+            "revision": self.revision,
             "classes": self.classes,
             "size": "each image's own" if size is None else size,
             "mode": "whole" if config.window_size is None else "slide, where a side is longer than the window",
@@ -187,7 +162,7 @@ class Predictor:
             "stride": config.window_stride if config.window_size else None,
             "flip": self.flip,
             "device": str(self.model.device),
-            "dtype": self.dtype,
+            "precision": self.precision,
             "backend": getattr(self.model, "backend", "torch"),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -195,7 +170,7 @@ class Predictor:
 
 
 def read_image(path: Path) -> Image.Image:
-    """The RGB image, turned upright where the camera noted how it was held; raises ValueError naming the file."""
+    """The RGB image, upright by its EXIF orientation; raises ValueError naming the file."""
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
@@ -206,7 +181,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def read_video(path: Path) -> Iterator[tuple[Image.Image, "av.VideoFrame", Fraction | None]]:
-    """Every frame: RGB and upright, as it was decoded, and frames per second; raises ValueError naming the file."""
+    """Every frame: upright RGB image, decoded frame, and frames per second; raises ValueError naming the file."""
     import av
 
     try:
@@ -222,18 +197,6 @@ def read_video(path: Path) -> Iterator[tuple[Image.Image, "av.VideoFrame", Fract
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary file that becomes `path` once the block has ended well; a folder for it is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def predict_image(predictor: Predictor, path: Path, out: Path, name: str) -> dict[str, object]:
     """Writes overlay and ids; returns the image's entry in areas.json."""
     image = read_image(path)
@@ -241,17 +204,17 @@ def predict_image(predictor: Predictor, path: Path, out: Path, name: str) -> dic
     seen = {index: name for index, name in predictor.classes.items() if (ids == index).any()}
     pictures = {f"overlays/{name}.png": predictor.draw(image, ids, seen), f"ids/{name}.png": Image.fromarray(ids)}
     for target, picture in pictures.items():
-        with written(out / target) as temporary:
+        with replace_file(out / target) as temporary:
             picture.save(temporary, "png")
     return {"width": image.width, "height": image.height, "areas": predictor.areas(ids)}
 
 
 def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dict[str, object]:
-    """Writes the overlay video, frame times as in the original; returns the video's entry in areas.json."""
+    """Writes the overlay video with the frame times of the original; returns the video's entry in areas.json."""
     import av
 
     frames, stream = [], None
-    with written(out / f"overlays/{name}.mp4") as temporary, av.open(str(temporary), "w", format="mp4") as video:
+    with replace_file(out / f"overlays/{name}.mp4") as temporary, av.open(str(temporary), "w", format="mp4") as video:
         for image, frame, rate in read_video(path):
             ids = predictor(image)
             drawn = av.VideoFrame.from_image(predictor.draw(image, ids, predictor.classes))
@@ -267,67 +230,56 @@ def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dic
     return {"width": image.width, "height": image.height, "frames": frames}
 
 
-def open_model(args: argparse.Namespace) -> Predictor:
-    """The model folder of the command line, ready to predict; raises ValueError for what it cannot do."""
-    if (Path(args.model) / "export.json").is_file():
-        raise ValueError(f"{args.model} was made by export_tqdm.py; add --backend onnxruntime")
-    device = args.device
-    if device == "auto":
-        device = next((name for name in ("cuda", "mps") if getattr(torch, name).is_available()), "cpu")
-    if device != "cpu" and not getattr(torch, device).is_available():
-        raise ValueError(f"torch finds no {device} device here; leave out --device, or install torch for {device}")
-    processor = AutoImageProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForSemanticSegmentation.from_pretrained(args.model, trust_remote_code=True, dtype=torch.float32)
-    if model.config.model_type != "tqdm":
-        raise ValueError(f"{args.model} is a model of type {model.config.model_type}, not tqdm")
-    set_windows(model, args.window, args.stride, args.window_batch)
-    classes = choose_classes(model, args.classes)
-    ready_to_predict(model.to(device), args.dtype, args.compile)
-    return Predictor(model, processor, classes, args.size, args.flip, args.dtype)
+def open_predictor(options: PredictOptions) -> Predictor:
+    """The model folder or export of the options, ready to predict."""
+    if options.backend == "onnxruntime":
+        model: Any = OnnxSegmenter(options.model, "cpu" if options.device == "auto" else options.device)
+        processor, revision = TqdmImageProcessor.from_pretrained(options.model), None
+    else:
+        if (Path(options.model) / "export.json").is_file():
+            raise ValueError(f"{options.model} was made by `tqdm-seg export`; add --backend onnxruntime")
+        device, folder = choose_device(options.device), model_folder(options.model)
+        model, processor = load_model(folder)
+        model.to(device)
+        model.config.name_or_path = options.model
+        revision = folder.name if folder.parent.name == "snapshots" else None  # of a Hub repository
+    set_windows(model, options.window, options.stride, options.window_batch)
+    classes = choose_classes(model.config.id2label, options.only)
+    if options.backend == "torch":
+        ready_to_predict(model, options.precision, options.compile)
+    box = options.size and {"shortest_edge": min(options.size), "longest_edge": max(options.size)}
+    return Predictor(model, processor, classes, box, options.flip, options.precision, revision)
 
 
-def open_export(args: argparse.Namespace) -> Predictor:
-    """The exported folder of the command line; raises ValueError for what belongs to torch."""
-    if args.dtype != "fp32" or args.compile:
-        raise ValueError("--dtype and --compile are for --backend torch, an export computes in float32; leave them out")
-    model = OnnxSegmenter(args.model, "cpu" if args.device == "auto" else args.device)
-    set_windows(model, args.window, args.stride, args.window_batch)
-    processor = TqdmImageProcessor.from_pretrained(args.model)
-    return Predictor(model, processor, choose_classes(model, args.classes), args.size, args.flip)
+@takes(PredictOptions)
+def predict(options: PredictOptions) -> dict[str, dict[str, Any]]:
+    """Segments everything and writes areas.json last; returns its results, by name.
 
-
-def main(argv: list[str] | None = None) -> int:
-    """Segments everything, writes areas.json last; returns the exit status."""
+    Raises ValueError, after all others are done, naming the files that could not be read.
+    """
     use_huge_pages()
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    try:
-        found = find_inputs(args.inputs, args.out)
-        if importlib.util.find_spec("av") is None and any(map(is_video, found.values())):
-            raise ValueError('reading videos needs PyAV: pip install "av>=15"')
-        predictor = open_export(args) if args.backend == "onnxruntime" else open_model(args)
-    except (FileNotFoundError, ImportError, ValueError) as error:
-        parser.error(str(error))
-
-    report = {"protocol": predictor.protocol(), "results": {}, "failed": {}}
+    found = find_inputs(options.inputs, options.out)
+    if importlib.util.find_spec("av") is None and any(map(is_video, found.values())):
+        raise ImportError('reading videos needs PyAV: pip install "av>=15"')
+    predictor = open_predictor(options)
+    results: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
     for name, path in tqdm(found.items(), unit="file"):
         try:
-            entry = (predict_video if is_video(path) else predict_image)(predictor, path, args.out, name)
-            report["results"][name] = {"file": str(path), **entry}
+            entry = (predict_video if is_video(path) else predict_image)(predictor, path, options.out, name)
+            results[name] = {"file": str(path), **entry}
         except ValueError as error:
-            report["failed"][str(path)] = str(error)
-    with written(args.out / "areas.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    failed = report["failed"]
+            failed[str(path)] = str(error) if str(path) in str(error) else f"{path}: {error}"
+    report = {"protocol": predictor.protocol(), "results": results, "failed": failed}
+    write_file(options.out / "areas.json", (json.dumps(report, indent=2) + "\n").encode())
     if failed:
-        print(f"{len(failed)} of {len(found)} inputs failed:", *failed.values(), sep="\n", file=sys.stderr)
-    return 1 if failed else 0
+        shown = "; ".join(list(failed.values())[:5]) + ("; ..." if len(failed) > 5 else "")
+        raise ValueError(
+            f"{len(failed)} of {len(found)} inputs failed, all named in {options.out / 'areas.json'}: {shown}"
+        )
+    return results
 
 
 def is_video(path: Path) -> bool:
     """By the suffix."""
     return path.suffix.lower() in VIDEO_SUFFIXES
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,7 +22,7 @@ from tqdm_seg.windows_tqdm import slide
 
 from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
-from ..data.palette import tinted
+from ..data.palette import tint
 from ..evaluation.protocol import Inference, predict
 
 WIDTH = 480  # of a picture in pixels
@@ -67,7 +67,7 @@ def draw_frame(
     size = (WIDTH, max(round(height * WIDTH / width), 1))
     image = Image.fromarray(frame.image).resize(size, Image.Resampling.BICUBIC)
     number = model.config.num_labels
-    overlays = [tinted(image, labels, number) for labels in (truth, ids)]
+    overlays = [tint(image, labels, number) for labels in (truth, ids)]
     return FramePictures(*map(data_uri, [image, *overlays, error_picture(image, truth, ids)]))
 
 

@@ -12,7 +12,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.frames import Frame, FrameDataset, PlainRows
 from ..data.label_maps import IGNORE_INDEX
-from ..data.palette import legend, tinted
+from ..data.palette import legend, tint
 from ..evaluation.evaluate import predict_frame
 from ..evaluation.figures import percent
 from ..evaluation.metrics import confusion_matrix, scores
@@ -30,7 +30,7 @@ def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int,
     factor = max(_PANEL / width, 1)
     size = (round(width * factor), round(height * factor))
     image = Image.fromarray(frame.image).resize(size, Image.Resampling.BICUBIC)
-    panels = [image, *(tinted(image, ids, len(class_names)) for ids in (frame.labels, prediction))]
+    panels = [image, *(tint(image, ids, len(class_names)) for ids in (frame.labels, prediction))]
 
     names = legend(class_names, 3 * size[0] + 4 * _GAP)
     canvas = Image.new("RGB", (names.width, size[1] + _TITLE + names.height), "white")
