@@ -181,7 +181,8 @@ def _as_typed(name: str, value: Any, hint: Any) -> Any:
             return tuple(_as_typed(name, item, typing.get_args(part)[0]) for item in items)
         if part is Path and isinstance(value, str):
             return Path(value)
-        if typing.get_origin(part) is Literal and value is not None and value not in typing.get_args(part):
+        chosen = (None, *typing.get_args(part))
+        if typing.get_origin(part) is Literal and value not in chosen and str not in _parts(hint):
             raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(part)))}")
         if part is float and isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} is {value}, no finite number")
