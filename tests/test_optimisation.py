@@ -232,8 +232,17 @@ def test_averaged_weights_by_hand():
 
 def test_batch_norm_of_one_process_is_torchs_and_keeps_its_weights(images):
     model, plain = micro_model().train(), micro_model().train()
-    convert_batch_norm(model)
+    convert_batch_norm(model, torch.device("cpu"))
     converted = [type(m) for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert converted == [ProcessBatchNorm] and model.state_dict().keys() == plain.state_dict().keys()
     for one, other in zip(model.model(images).values(), plain.model(images).values(), strict=True):
         assert torch.equal(one, other)
+
+
+def test_batch_norm_for_gpus_is_torchs_over_all_processes_and_keeps_the_weights():
+    model = micro_model()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    convert_batch_norm(model, torch.device("cuda"))
+    assert [type(m) for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)] == [nn.SyncBatchNorm]
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

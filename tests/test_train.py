@@ -1,5 +1,6 @@
 """The training program on a very small model and 40-pixel images: recipe, exact resume, outputs, clear errors."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -14,18 +15,27 @@ from safetensors.torch import load_file
 from shard_helpers import photo, prepare, save
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-import tqdm_seg.train as program
+from tqdm_seg.commands import start as start_command
+from tqdm_seg.configuration_tqdm import PRESETS
 from tqdm_seg.data.frames import FrameDataset, frame_loader
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, mean_iou
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.train import main, parse_args
+from tqdm_seg.program import parse
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
+from tqdm_seg.training import options as options_of_training
 from tqdm_seg.training.batches import TrainSamples
 from tqdm_seg.training.log import RecentLosses
 from tqdm_seg.training.optimisation import learning_rate
+from tqdm_seg.training.options import AblateOptions, TrainOptions
 
+program = importlib.import_module("tqdm_seg.train")  # `tqdm_seg.train` is the function
 CLASSES = ["non-traversable", "traversable"]
+
+
+def main(argv: list[str]) -> dict:
+    """What the program returns or raises for a command line."""
+    return program.train.__wrapped__(parse(TrainOptions, "", argv))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +75,7 @@ def arguments(start, data):
     def make(out: Path, *more: str) -> list[str]:
         fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
         fixed += " --min-pixels 50 --tracker none"
-        return [*fixed.split(), "--log-every", "1", "--save-every", "2", "--overlays", "2", "--lr", "1e-3", *more]
+        return [*fixed.split(), "--log-every", "1", "--save-every-steps", "2", "--overlays", "2", "--lr", "1e-3", *more]
 
     return make
 
@@ -80,20 +90,40 @@ def log_of(out: Path) -> list[dict]:
 # -- options --------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_quick_start_on_the_frames_of_the_repository():
-    args = parse_args([])
-    assert (args.model, args.data, args.out) == ("tiny", "examples/orfd_mini", "runs/quickstart")
-    assert len(FrameDataset(Path(__file__).parents[1] / args.data, args.train_split)) == 56
+def test_defaults_are_the_quick_start_on_the_frames_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = TrainOptions()
+    assert (options.model, options.out) == ("tiny", Path("runs/quickstart"))
+    assert len(FrameDataset(options.train_source, options.train_split)) == 56
+    assert TrainOptions(data="one").eval_source == "one" and TrainOptions(data="one", eval_data="2").eval_source == "2"
 
 
-WRONG = ("--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1", "--push-to-hub a/b/c")
+def test_the_presets_of_the_help_are_those_of_the_model():
+    assert tuple(sorted(PRESETS)) == options_of_training.PRESETS
+
+
+WRONG = (
+    "--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1", "--push-to-hub a/b/c",
+    "--lr nan", "--eval-size 1024", "--no-index", "--class-names a,b", "--class-names a,,b", "--precision float16",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("option", WRONG)
-def test_impossible_numbers_are_refused(option, capsys):
-    with pytest.raises(SystemExit):
-        parse_args(option.split())
-    assert option in capsys.readouterr().err
+def test_impossible_values_are_refused_in_one_line_that_names_the_option(option, capsys):
+    with pytest.raises(SystemExit) as ended:
+        start_command("train", option.split())
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and option.split()[0] in said and said.count("\n") == 1
+
+
+def test_an_ablation_passes_options_on_and_refuses_those_that_it_sets(capsys):
+    options = parse(AblateOptions, "", ["--seeds", "3", "4", "--steps", "7"])
+    run = TrainOptions(**options.of_run(seed=3, textual_weight=0.0))
+    assert options.seeds == (3, 4) and (run.seed, run.steps, run.textual_weight, run.crop) == (3, 7, 0, 128)
+    for option in ("--seed 3", "--dry-run", "--random-queries", "--seeds 1 1"):
+        with pytest.raises(SystemExit):
+            start_command("ablate", option.split())
+        assert option.split()[0] in capsys.readouterr().err
 
 
 # -- runs -----------------------------------------------------------------------------------------------------------
@@ -103,8 +133,8 @@ def test_impossible_numbers_are_refused(option, capsys):
 def finished(start, data, tmp_path_factory):
     """Folder and results of an uninterrupted run."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
-    more = "--log-every 1 --save-every 2 --overlays 2 --lr 1e-3 --eval-every 3 --min-pixels 50 --tracker none"
+    fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2 --lr 1e-3"
+    more = "--log-every 1 --save-every-steps 2 --eval-every-steps 3 --overlays 2 --min-pixels 50 --tracker none"
     return out, main([*fixed.split(), *more.split()])
 
 
@@ -128,11 +158,11 @@ def test_resumed_run_ends_with_the_very_same_weights(finished, arguments, tmp_pa
 
     monkeypatch.setattr(TrainSamples, "__getitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        main(arguments(tmp_path / "run", "--eval-every", "3"))
+        main(arguments(tmp_path / "run", "--eval-every-steps", "3"))
     assert log_of(tmp_path / "run")[-1]["step"] == interrupted_at
     monkeypatch.undo()
     torch.manual_seed(12345)  # the state of the global generator must not matter
-    results = main(arguments(tmp_path / "run", "--eval-every", "3", "--resume"))
+    results = main(arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
 
     whole, expected = finished
     assert results == expected and log_of(tmp_path / "run") == log_of(whole)
@@ -181,11 +211,11 @@ def test_a_full_disk_leaves_the_last_checkpoint(arguments, tmp_path, monkeypatch
 
 def test_resuming_with_other_options_or_another_model_is_refused(finished, arguments, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
-    with pytest.raises(ValueError, match="begun otherwise .lr was 0.001, now 0.002.; repeat its options"):
+    with pytest.raises(ValueError, match="lr was 0.001, now 0.002"):
         main(arguments(tmp_path / "run", "--resume", "--lr", "2e-3"))
     facts = json.loads((tmp_path / "run" / "args.json").read_text())
     (tmp_path / "run" / "args.json").write_text(json.dumps(facts | {"model": "tiny"}))
-    with pytest.raises(ValueError, match=r"is the checkpoint of another model: \d+ weights differ, the first is model"):
+    with pytest.raises(ValueError, match="step_0000006.* model"):
         main(arguments(tmp_path / "run", "--resume", "--model", "tiny"))
 
 
@@ -250,7 +280,7 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
     (tmp_path / "classes.txt").write_text("traversable\ncar\ntrain\n")
     shards, names = tmp_path / "shards", tmp_path / "classes.txt"
     prepare("folder", tmp_path / "images", shards, tmp_path / "masks", "--class-file", names)
-    more = ("--data", str(shards), "--steps", "1", "--save-every", "0", "--lr", "1e-12")
+    more = ("--data", str(shards), "--steps", "1", "--save-every-steps", "0", "--lr", "1e-12")
     results = main(arguments(tmp_path / "run", *more))
     assert list(results["iou"]) == ["traversable", "car", "train"]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))
@@ -292,8 +322,9 @@ def test_a_frozen_tower_stays_and_its_pyramid_learns(arguments, start, tmp_path)
     assert tower and all(".pyramid." in name for name in tower) and any("mask_decoder" in name for name in names)
 
 
+@pytest.mark.slow
 def test_adapters_learn_and_are_merged_into_a_plain_model_folder(arguments, start, tmp_path):
-    out = short(arguments, tmp_path / "run", "--vision", "lora", "--lora-rank", "2", "--save-every", "1")
+    out = short(arguments, tmp_path / "run", "--vision", "lora", "--lora-rank", "2", "--save-every-steps", "1")
     names = changed(start, out / "model")
     tower = {name for name in names if "vision_tower" in name and ".pyramid." not in name}
     assert tower and all(".blocks." in name and name.endswith("weight") for name in tower)
@@ -306,12 +337,13 @@ def test_adapters_learn_and_are_merged_into_a_plain_model_folder(arguments, star
     assert not any("lora" in name for name in model.state_dict())
     shutil.rmtree(out / "checkpoints" / "step_0000002")
     before = (out / "model" / "model.safetensors").read_bytes()
-    short(arguments, out, "--vision", "lora", "--lora-rank", "2", "--save-every", "1", "--resume")
+    short(arguments, out, "--vision", "lora", "--lora-rank", "2", "--save-every-steps", "1", "--resume")
     assert (out / "model" / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_ones_that_are_saved(arguments, start, tmp_path):
-    out = short(arguments, tmp_path / "run", "--ema", "0.75", "--save-every", "1")
+    out = short(arguments, tmp_path / "run", "--ema", "0.75", "--save-every-steps", "1")
     first, second = (load_file(out / "checkpoints" / f"step_000000{step}" / "weights.safetensors") for step in (1, 2))
     saved = load_file(out / "model" / "model.safetensors")
     name = "model.mask_decoder.query_positions"  # the average starts at the first step's weights
@@ -319,7 +351,7 @@ def test_averaged_weights_are_the_ones_that_are_saved(arguments, start, tmp_path
     averaged = load_file(out / "checkpoints" / "step_0000002" / "average.safetensors")
     assert all(torch.equal(value, averaged[name]) for name, value in saved.items())
     shutil.rmtree(out / "checkpoints" / "step_0000002")
-    short(arguments, out, "--ema", "0.75", "--save-every", "1", "--resume")
+    short(arguments, out, "--ema", "0.75", "--save-every-steps", "1", "--resume")
     again = load_file(out / "model" / "model.safetensors")
     assert all(torch.equal(value, again[name]) for name, value in saved.items())
 
@@ -333,7 +365,10 @@ def fresh_accelerator():
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("option", ["--gradient-checkpointing", "--channels-last", "--compile aot_eager"])
+@pytest.mark.parametrize(
+    "option",
+    ["--gradient-checkpointing", "--channels-last", pytest.param("--compile aot_eager", marks=pytest.mark.slow)],
+)
 def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_losses, tmp_path, option):
     out = short(arguments, tmp_path / "run", *option.split())
     assert [line["loss"] for line in log_of(out)] == pytest.approx(plain_losses, rel=1e-5)
@@ -341,18 +376,20 @@ def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_los
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_bf16_stays_near_float32(arguments, plain_losses, tmp_path):
-    out = short(arguments, tmp_path / "run", "--mixed-precision", "bf16")
+    out = short(arguments, tmp_path / "run", "--precision", "bf16")
     losses = [line["loss"] for line in log_of(out)]
     assert losses == pytest.approx(plain_losses, rel=0.02) and losses != pytest.approx(plain_losses, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_frozen_tower_in_bf16_moves_the_visual_loss_alone(arguments, start, plain_losses, tmp_path):
-    first = [log_of(short(arguments, tmp_path / dtype, "--reference-dtype", dtype))[0] for dtype in ("float32", "bf16")]
+    first = [log_of(short(arguments, tmp_path / name, "--teacher-precision", name))[0] for name in ("fp32", "bf16")]
     assert first[0]["loss"] == plain_losses[0]
     moved = {name for name in first[0] if name.startswith("loss_") and first[0][name] != first[1][name]}
     assert moved == {"loss_visual"} and first[1]["loss_visual"] == pytest.approx(first[0]["loss_visual"], rel=0.2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_compiled_model_is_one_graph_whatever_the_number_of_masks(arguments, tmp_path, monkeypatch):
     original, masks = program.model_inputs, []
@@ -370,8 +407,9 @@ def test_a_compiled_model_is_one_graph_whatever_the_number_of_masks(arguments, t
     assert masks[0] > masks[1] and torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.slow
 def test_published_behaviours_are_options_that_change_the_losses(arguments, plain_losses, tmp_path):
-    for option in ("--noisy-reference", "--resize whole"):
+    for option in ("--teacher-drop-path", "--resize whole"):
         out = short(arguments, tmp_path / option.split()[0], *option.split())
         losses = [line["loss"] for line in log_of(out)]
         assert losses == pytest.approx(plain_losses, rel=0.1) and losses != plain_losses, option
@@ -396,8 +434,9 @@ def test_parts_of_the_model_can_be_left_out(arguments, start, tmp_path):
     assert model.config.queries == "random" and model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2, 32, 32)
 
 
+@pytest.mark.slow
 def test_data_without_an_index_is_trained_on_and_evaluated(arguments, data, tmp_path):
-    more = ("--no-index", "--classes", ",".join(CLASSES))
+    more = ("--no-index", "--class-names", ",".join(CLASSES))
     out = short(arguments, tmp_path / "run", *more)
     results = json.loads((out / "results.json").read_text())
     assert results["protocol"]["frames"] == 3 and results["protocol"]["labels"]["name"] == "ids/as_they_are"
@@ -408,7 +447,7 @@ def test_the_tracker_gets_the_losses_and_drawings(arguments, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    main(arguments(out, "--steps", "2", "--eval-every", "1", "--overlays", "1", "--tracker", "tensorboard"))
+    main(arguments(out, "--steps", "2", "--eval-every-steps", "1", "--overlays", "1", "--tracker", "tensorboard"))
     found = [EventAccumulator(str(path.parent)).Reload().Tags() for path in (out / "tracker").rglob("events*")]
     assert {"loss", "gradient_norm", "miou", "lr_vision"} <= {name for tags in found for name in tags["scalars"]}
     assert [name for tags in found for name in tags["images"]]
@@ -426,15 +465,31 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsy
 
 
 def test_an_earlier_run_is_not_overwritten(finished, arguments):
-    with pytest.raises(FileExistsError, match="holds a run; add --resume"):
+    with pytest.raises(FileExistsError, match="--resume"):
         main(arguments(finished[0]))
 
 
-def test_missing_data_and_model_are_named_before_anything_is_written(arguments, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere holds no manifest.json, so it is no finished dataset"):
+def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
         main(arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
-    with pytest.raises(FileNotFoundError, match="--model no_such_thing is no preset"):
+    with pytest.raises(FileNotFoundError, match="--model no_such_thing"):
         main(arguments(tmp_path / "run", "--model", "no_such_thing"))
+    for refused in ("--train-split none", "--eval-split none", "--min-pixels 999999"):
+        with pytest.raises(ValueError, match=r"none|--min-pixels"):
+            main(arguments(tmp_path / "run", *refused.split()))
+    for column in ("image", "label"):
+        more = ("--no-index", "--class-names", ",".join(CLASSES), f"--{column}-column", "nothing")
+        with pytest.raises(ValueError, match="nothing"):
+            main(arguments(tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_training_images_are_named_before_anything_is_written(arguments, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    for path in (tmp_path / "data" / "data").glob("train*"):
+        path.write_bytes(bytes(path.stat().st_size))
+    with pytest.raises(ValueError, match="train"):
+        main(arguments(tmp_path / "run", "--data", str(tmp_path / "data")))
     assert not (tmp_path / "run").exists()
 
 
@@ -449,10 +504,8 @@ def test_non_finite_loss_names_the_images_and_saves_nothing(arguments, tmp_path,
         return inputs
 
     monkeypatch.setattr(program, "model_inputs", poison)
-    with pytest.raises(
-        FloatingPointError, match=r"not finite at step 2, images training/x_training/image_data/\d\.png"
-    ):
-        main(arguments(tmp_path / "run", "--log-every", "10", "--save-every", "4"))
+    with pytest.raises(FloatingPointError, match=r"step 2, .*training/x_training/image_data/\d\.png"):
+        main(arguments(tmp_path / "run", "--log-every", "10", "--save-every-steps", "4"))
     assert not (tmp_path / "run" / "checkpoints").exists()
     report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert report["step"] == 2 and report["images"] == keys[2] and report["losses"]["loss_class"] == "nan"
@@ -463,7 +516,7 @@ def test_non_finite_loss_is_traced_to_the_first_bad_batch(tmp_path):
     recent.add(7, ["good"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(2.0)})
     recent.add(8, ["bad", "worse"], {"loss_a": torch.tensor(1.0), "loss_b": torch.tensor(float("inf"))})
     recent.add(9, ["after"], {"loss_a": torch.tensor(float("nan")), "loss_b": torch.tensor(float("nan"))})
-    with pytest.raises(FloatingPointError, match="^loss_b not finite at step 8, images bad, worse .see"):
+    with pytest.raises(FloatingPointError, match="loss_b .*step 8, .*bad, worse"):
         recent.means(program.Accelerator(), tmp_path)
 
 

@@ -17,6 +17,7 @@ from shard_helpers import orfd, prepare
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 
+pytestmark = pytest.mark.slow
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
@@ -32,7 +33,7 @@ def fixed(tmp_path_factory) -> list[str]:
     orfd(folder / "raw", 3, scene="y0613_1304", split="validation", size=40)
     prepare("orfd", folder / "raw", folder / "data")
     options = f"""--model {folder / "start"} --data {folder / "data"} --steps 4 --crop 32 --min-pixels 50 --lr 1e-3
-        --warmup-steps 2 --overlays 0 --tracker none --log-every 1 --save-every 2"""
+        --warmup-steps 2 --overlays 0 --tracker none --log-every 1 --save-every-steps 2"""
     return options.split()
 
 
@@ -121,10 +122,11 @@ def test_killed_in_the_middle_of_a_save_it_resumes_to_the_same_bits(fixed, one, 
 
 def test_sigterm_saves_and_ends_well_and_the_run_goes_on_to_the_same_bits(fixed, tmp_path):
     def options(out: Path) -> list[str]:
-        return [str(ROOT / "train.py"), *fixed, "--batch-size", "4", "--steps", "30", "--save-every", "0", "--out", out]
+        more = ["--batch-size", "4", "--steps", "30", "--save-every-steps", "0", "--out", out]
+        return [str(ROOT / "train.py"), *fixed, *more]
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finish([sys.executable, *options(str(whole)), "--save-every", "30"])
+    finish([sys.executable, *options(str(whole)), "--save-every-steps", "30"])
     process = start([sys.executable, *options(str(stopped))])
     while not (stopped / "log.jsonl").is_file() or len(losses(stopped)) < 3:
         assert process.poll() is None
@@ -134,6 +136,6 @@ def test_sigterm_saves_and_ends_well_and_the_run_goes_on_to_the_same_bits(fixed,
     assert process.returncode == 0 and "stopped by SIGTERM after step" in output, output
     (checkpoint,) = (stopped / "checkpoints").iterdir()
     assert 3 <= int(checkpoint.name[5:]) < 30 and not (stopped / "model").exists()
-    finish([sys.executable, *options(str(stopped)), "--resume", "--save-every", "30"])
+    finish([sys.executable, *options(str(stopped)), "--resume", "--save-every-steps", "30"])
     assert losses(stopped) == losses(whole)
     assert all(torch.equal(value, weights(whole, 30)[name]) for name, value in weights(stopped, 30).items())

@@ -11,8 +11,11 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
-from tqdm_seg import modeling_tqdm, train
+from tqdm_seg import modeling_tqdm
+from tqdm_seg.program import parse
+from tqdm_seg.train import train
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
+from tqdm_seg.training.options import TrainOptions
 
 
 def grid(mask_logits: torch.Tensor, extent: torch.Tensor, num_points: int, *_: float) -> torch.Tensor:
@@ -35,5 +38,5 @@ def save_or_die(tensors: dict[str, torch.Tensor], path: Path) -> None:
 saved: list[Path] = []
 original, checkpoint_tqdm.save_file = checkpoint_tqdm.save_file, save_or_die
 modeling_tqdm.choose_points = grid
-results = train.main(sys.argv[1:])
+results = train.__wrapped__(parse(TrainOptions, "", sys.argv[1:]))
 print(f"processes: {PartialState().num_processes}, results: {bool(results)}")
