@@ -189,6 +189,7 @@ def environment(address: str, home: Path) -> dict[str, str]:
 # -- the push -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_file_of_a_training_arrives_byte_for_byte_with_its_card(hub, tmp_path):
     data = tmp_path / "data"
     orfd(tmp_path / "raw", size=32, split="training")
@@ -213,6 +214,7 @@ def test_every_file_of_a_training_arrives_byte_for_byte_with_its_card(hub, tmp_p
     assert '"me/my-model"' in card.content
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_loses_nothing_and_its_command_pushes_later(hub, tmp_path):
     folder = tmp_path / "my runs" / "model"  # a name with a space
     save_model_folder(micro_model(), TqdmImageProcessor(), folder, {"README.md": "---\nlicense: mit\n---\n"})

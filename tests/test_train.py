@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from conftest import micro_model
 from PIL import Image
 from safetensors.torch import load_file
-from shard_helpers import photo, prepare, save
+from shard_helpers import call, photo, prepare, save
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from tqdm_seg.commands import start as start_command
@@ -31,11 +31,6 @@ from tqdm_seg.training.options import AblateOptions, TrainOptions
 
 program = importlib.import_module("tqdm_seg.train")  # `tqdm_seg.train` is the function
 CLASSES = ["non-traversable", "traversable"]
-
-
-def main(argv: list[str]) -> dict:
-    """What the program returns or raises for a command line."""
-    return program.train.__wrapped__(parse(TrainOptions, "", argv))
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +130,7 @@ def finished(start, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "whole"
     fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2 --lr 1e-3"
     more = "--log-every 1 --save-every-steps 2 --eval-every-steps 3 --overlays 2 --min-pixels 50 --tracker none"
-    return out, main([*fixed.split(), *more.split()])
+    return out, call("train", *fixed.split(), *more.split())
 
 
 def same_checkpoints(one: Path, other: Path, step: int) -> bool:
@@ -158,11 +153,11 @@ def test_resumed_run_ends_with_the_very_same_weights(finished, arguments, tmp_pa
 
     monkeypatch.setattr(TrainSamples, "__getitem__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        main(arguments(tmp_path / "run", "--eval-every-steps", "3"))
+        call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3"))
     assert log_of(tmp_path / "run")[-1]["step"] == interrupted_at
     monkeypatch.undo()
     torch.manual_seed(12345)  # the state of the global generator must not matter
-    results = main(arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    results = call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
 
     whole, expected = finished
     assert results == expected and log_of(tmp_path / "run") == log_of(whole)
@@ -180,7 +175,7 @@ def test_training_changes_what_it_should_and_nothing_else(finished, start):
 
 
 def test_accumulated_batches_are_one_step(arguments, tmp_path):
-    main(arguments(tmp_path / "run", "--accumulation", "2", "--steps", "2"))
+    call("train", *arguments(tmp_path / "run", "--accumulation", "2", "--steps", "2"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
     moments = load_file(tmp_path / "run" / "checkpoints" / "step_0000002" / "optimizer.safetensors")
     assert {int(value) for name, value in moments.items() if name.endswith("|step")} == {2}
@@ -202,21 +197,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(arguments, tmp_path, monkeypatch
 
     monkeypatch.setattr(checkpoint_tqdm, "save_file", fail_at_second)
     with pytest.raises(OSError, match="No space left"):
-        main(arguments(tmp_path / "run"))
+        call("train", *arguments(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000002"]
     monkeypatch.undo()
-    main(arguments(tmp_path / "run", "--resume"))
+    call("train", *arguments(tmp_path / "run", "--resume"))
     assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_resuming_with_other_options_or_another_model_is_refused(finished, arguments, tmp_path):
     shutil.copytree(finished[0], tmp_path / "run")
     with pytest.raises(ValueError, match="lr was 0.001, now 0.002"):
-        main(arguments(tmp_path / "run", "--resume", "--lr", "2e-3"))
+        call("train", *arguments(tmp_path / "run", "--resume", "--lr", "2e-3"))
     facts = json.loads((tmp_path / "run" / "args.json").read_text())
     (tmp_path / "run" / "args.json").write_text(json.dumps(facts | {"model": "tiny"}))
     with pytest.raises(ValueError, match="step_0000006.* model"):
-        main(arguments(tmp_path / "run", "--resume", "--model", "tiny"))
+        call("train", *arguments(tmp_path / "run", "--resume", "--model", "tiny"))
 
 
 def test_the_best_model_is_kept_and_loads(finished):
@@ -281,7 +276,7 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
     shards, names = tmp_path / "shards", tmp_path / "classes.txt"
     prepare("folder", tmp_path / "images", shards, tmp_path / "masks", "--class-file", names)
     more = ("--data", str(shards), "--steps", "1", "--save-every-steps", "0", "--lr", "1e-12")
-    results = main(arguments(tmp_path / "run", *more))
+    results = call("train", *arguments(tmp_path / "run", *more))
     assert list(results["iou"]) == ["traversable", "car", "train"]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))
     reshaped = {name for name in before if before[name].shape != after[name].shape}
@@ -295,7 +290,7 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
 
 def short(arguments, out: Path, *more: str) -> Path:
     """A run of two steps; returns its folder."""
-    main(arguments(out, "--steps", "2", "--overlays", "0", *more))
+    call("train", *arguments(out, "--steps", "2", "--overlays", "0", *more))
     return out
 
 
@@ -312,7 +307,7 @@ def plain_losses(start, data, tmp_path_factory) -> list[float]:
     out = tmp_path_factory.mktemp("plain") / "run"
     fixed = f"--model {start} --data {data} --out {out} --steps 2 --batch-size 2 --crop 32 --warmup-steps 2 --lr 1e-3"
     more = "--min-pixels 50 --tracker none --log-every 1 --overlays 0"
-    main([*fixed.split(), *more.split()])
+    call("train", *fixed.split(), *more.split())
     return [line["loss"] for line in log_of(out)]
 
 
@@ -447,14 +442,17 @@ def test_the_tracker_gets_the_losses_and_drawings(arguments, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
-    main(arguments(out, "--steps", "2", "--eval-every-steps", "1", "--overlays", "1", "--tracker", "tensorboard"))
+    call(
+        "train",
+        *arguments(out, "--steps", "2", "--eval-every-steps", "1", "--overlays", "1", "--tracker", "tensorboard"),
+    )
     found = [EventAccumulator(str(path.parent)).Reload().Tags() for path in (out / "tracker").rglob("events*")]
     assert {"loss", "gradient_norm", "miou", "lr_vision"} <= {name for tags in found for name in tags["scalars"]}
     assert [name for tags in found for name in tags["images"]]
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsys):
-    assert main(arguments(tmp_path / "run", "--dry-run", "--vision", "frozen")) == {}
+    assert call("train", *arguments(tmp_path / "run", "--dry-run", "--vision", "frozen")) == {}
     text = capsys.readouterr().out
     for words in ("peak rate 0.001, decay 0", "of them trained", "6 steps of 2 images", "GiB of activations"):
         assert words in text
@@ -466,21 +464,21 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsy
 
 def test_an_earlier_run_is_not_overwritten(finished, arguments):
     with pytest.raises(FileExistsError, match="--resume"):
-        main(arguments(finished[0]))
+        call("train", *arguments(finished[0]))
 
 
 def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        main(arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
+        call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
     with pytest.raises(FileNotFoundError, match="--model no_such_thing"):
-        main(arguments(tmp_path / "run", "--model", "no_such_thing"))
+        call("train", *arguments(tmp_path / "run", "--model", "no_such_thing"))
     for refused in ("--train-split none", "--eval-split none", "--min-pixels 999999"):
         with pytest.raises(ValueError, match=r"none|--min-pixels"):
-            main(arguments(tmp_path / "run", *refused.split()))
+            call("train", *arguments(tmp_path / "run", *refused.split()))
     for column in ("image", "label"):
         more = ("--no-index", "--class-names", ",".join(CLASSES), f"--{column}-column", "nothing")
         with pytest.raises(ValueError, match="nothing"):
-            main(arguments(tmp_path / "run", *more))
+            call("train", *arguments(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
 
@@ -489,7 +487,7 @@ def test_damaged_training_images_are_named_before_anything_is_written(arguments,
     for path in (tmp_path / "data" / "data").glob("train*"):
         path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match="train"):
-        main(arguments(tmp_path / "run", "--data", str(tmp_path / "data")))
+        call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "data")))
     assert not (tmp_path / "run").exists()
 
 
@@ -505,7 +503,7 @@ def test_non_finite_loss_names_the_images_and_saves_nothing(arguments, tmp_path,
 
     monkeypatch.setattr(program, "model_inputs", poison)
     with pytest.raises(FloatingPointError, match=r"step 2, .*training/x_training/image_data/\d\.png"):
-        main(arguments(tmp_path / "run", "--log-every", "10", "--save-every-steps", "4"))
+        call("train", *arguments(tmp_path / "run", "--log-every", "10", "--save-every-steps", "4"))
     assert not (tmp_path / "run" / "checkpoints").exists()
     report = json.loads((tmp_path / "run" / "not_finite.json").read_text())
     assert report["step"] == 2 and report["images"] == keys[2] and report["losses"]["loss_class"] == "nan"

@@ -14,7 +14,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.frames import FrameDataset, PlainRows
-from ..data.shards import refuse_mixed_labels
+from ..data.shards import check_same_labels
 from ..deploy.speed import set_float32_arithmetic
 from .checkpoint import whole_weights
 from .options import TrainOptions
@@ -56,7 +56,7 @@ def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDat
         next(validation.frames())  # its errors show now, and not after the training
         return training, validation
     training, validation = (FrameDataset(*source) for source in sources)
-    refuse_mixed_labels([training.index.manifest, validation.index.manifest])
+    check_same_labels([training.index.manifest, validation.index.manifest])
     return training, validation
 
 
