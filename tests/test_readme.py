@@ -30,8 +30,9 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def shell_lines(page: Path) -> list[str]:
-    """Commands of the bash blocks, without comments, one by one."""
+    """Commands of the bash blocks and those in backquotes, without comments, one by one."""
     lines = "".join(blocks(page, "bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"`(tqdm-seg [a-z]+ (?![^`]*NAME|[^`]*--help)[^`]+)`", TEXT[page])
     return [part.strip() for line in lines for part in line.split("  #")[0].split("&&") if part.strip()]
 
 
@@ -120,13 +121,14 @@ def test_the_commands_for_own_data_run(checkout):
 @pytest.mark.slow
 def test_the_data_commands_run_on_the_examples(checkout):
     lines = [line for line in shell_lines(ROOT / "docs/data.md") if line.startswith("tqdm-seg") and "~" not in line]
-    assert len(lines) == 4
+    assert len(lines) == 5
+    (checkout / "tqdm_seg").symlink_to(ROOT / "tqdm_seg")
     for line in lines:
         words = shlex.split(line)
         command = [sys.executable, "-m", "tqdm_seg.cli", *words[1:]]
         result = subprocess.run(command, capture_output=True, text=True)
-        # The three frames are of the drive that the example was trained on, and the audit finds that.
-        assert result.returncode == (words[1] == "audit"), result.stderr
+        # The three frames are of the drive of the other set, and the published lists share three scenes.
+        assert result.returncode == (3 if words[1] == "audit" else 0), result.stderr
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
