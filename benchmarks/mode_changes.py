@@ -29,7 +29,7 @@ from tqdm_seg.data.label_maps import IGNORE_INDEX
 from tqdm_seg.deploy.folder import load_model
 from tqdm_seg.deploy.speed import ready_to_predict
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
-from tqdm_seg.evaluation.protocol import Inference, predict
+from tqdm_seg.evaluation.protocol import Protocol, predict
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -81,8 +81,8 @@ def held_back_score(model: TqdmForSemanticSegmentation, processor: TqdmImageProc
     classes = model.config.num_labels
     matrix = torch.zeros(classes, classes + 1, dtype=torch.int64)
     for frame in FrameDataset(str(ROOT / "examples" / "orfd_mini"), "validation"):
-        views = Inference().views(frame.image, processor)
-        ids = predict(model, processor, views, frame.labels.shape, Inference())
+        views = Protocol().views(frame.image, processor)
+        ids = predict(model, processor, views, frame.labels.shape, Protocol())
         matrix += confusion_matrix(ids, torch.tensor(frame.labels), classes, IGNORE_INDEX)
     return scores(matrix, model.config.class_names)["miou"]
 
@@ -92,8 +92,8 @@ def picture_labels(model: TqdmForSemanticSegmentation, processor: TqdmImageProce
     found = []
     for path in (path for pattern in PICTURES for path in sorted(ROOT.glob(pattern))):
         image = np.asarray(Image.open(path).convert("RGB"))
-        views = Inference().views(image, processor)
-        found.append(predict(model, processor, views, image.shape[:2], Inference()).numpy())
+        views = Protocol().views(image, processor)
+        found.append(predict(model, processor, views, image.shape[:2], Protocol()).numpy())
     return found
 
 

@@ -1,23 +1,27 @@
-"""Per-frame tables: the pixel counts of every frame that was scored. Every score follows from one without the model.
+"""Per-frame tables: the pixel counts of every scored frame, from which all scores follow without the model.
 
-    frames.parquet    frame, scene, attributes ..., counts; names of the classes and protocol inside
-    frames.csv        frame, scene, attributes ..., 0-0, 0-1, 1-0, 1-1 (truth-prediction), 0-none, 1-none if anywhere no
-                      class was predicted; names of the classes and protocol in frames.csv.json, which may be missing
+    frames.parquet    frame, scene, attributes ..., counts; class names and protocol inside
+    frames.csv        frame, scene, attributes ..., 0-0, 0-1, 1-0, 1-1 (ground truth-prediction), 0-none, 1-none where
+                      no class was predicted; class names and protocol in frames.csv.json, which may be missing
 
 `scores(torch.from_numpy(table.counts.sum(0)), table.classes)` are those of the whole set.
 
-`read_table` also takes the CSVs that two other programs write, whose first column names the frame:
+`read_table` also reads the CSVs of two other programs, whose first column names the frame:
 
     ,0-0,0-1,1-0,1-1,weather,road,light,scene
     ,scene,class0_intersect,class0_union,class0_pred_label,class0_label,class1_...,weather,road,light
 
-and sums of rows of any of these, where a column n_frames stands in place of the frame's name. Columns may come in any
-order. Text columns that are neither name nor count are kept as attributes, which nothing depends on.
+and sums of rows of any of these, with a column n_frames instead of the frame's name. Columns come in any order. Text
+columns that are neither name nor count become attributes.
 
-Letters: R rows, K classes.
+While an evaluation runs, `save_batch` writes counts of some frames and `read_scored` reads what there is, so that any
+number of processes continues from what any other number has done.
+
+Letters: R rows, N frames, K classes.
 """
 
 import csv
+import io
 import json
 import math
 import re
@@ -25,7 +29,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,9 +37,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ..data.files import write_whole
+from ..data.files import write_file
 
-# Truth and prediction, as in 0-1 and 0-none.
+# Ground truth and prediction, as in 0-1 and 0-none.
 _CELL = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*|none)")
 _CLASS = re.compile(r"class(0|[1-9]\d*)_(\w+)")
 _CLASS_TOTALS = ("intersect", "union", "pred_label", "label")
@@ -51,7 +55,7 @@ class FrameTable:
 
     frames: unique names, or all empty where a row sums several frames, of which num_frames (R,) int64 says how many.
     scenes: one per row, all empty in sets without scenes. attributes: {name: a value per row}.
-    counts (R, K, K + 1) int64 as `metrics_tqdm.confusion_matrix` lays them out. protocol: JSON-ready, as evaluated.
+    counts (R, K, K + 1) int64 as `metrics.confusion_matrix` lays them out. protocol: JSON-ready, as evaluated.
     """
 
     frames: list[str]
@@ -88,7 +92,7 @@ class FrameTable:
             if times > 1:
                 first = self.frames.index(name)
                 both = f"rows {first + 1} and {self.frames.index(name, first + 1) + 1}"
-                raise ValueError(f"frame {name!r} stands in {both}; leave one out, or each is counted twice")
+                raise ValueError(f"frame {name!r} is in {both}; remove one, or it is counted twice")
         elif self.num_frames is None:
             raise ValueError("the rows have no names in column 'frame', and no n_frames; name every frame")
         if any(self.scenes) and "" in self.scenes:
@@ -98,10 +102,10 @@ class FrameTable:
     def _check_numbers(self) -> None:
         if self.num_frames is None:
             self.num_frames = np.ones(len(self.frames), np.int64)
-        _refuse(self.num_frames[:, None] < 1, ["n_frames"], "is no number of frames; it must be 1 or more")
+        _check(self.num_frames[:, None] < 1, ["n_frames"], "is no number of frames; it must be 1 or more")
         cells = self.counts.reshape(len(self.frames), -1)
-        _refuse(cells < 0, _cells(len(self.classes)), "is negative; count pixels anew")
-        _refuse(cells >= _LARGEST, _cells(len(self.classes)), f"is no count of pixels, which are below {_LARGEST}")
+        _check(cells < 0, _cells(len(self.classes)), "is negative; count the pixels again")
+        _check(cells >= _LARGEST, _cells(len(self.classes)), f"is no count of pixels, which are below {_LARGEST}")
 
 
 def read_table(path: str | Path) -> FrameTable:
@@ -110,10 +114,11 @@ def read_table(path: str | Path) -> FrameTable:
     Raises ValueError that names file, row (from 1, without the header), column and what to do; OSError if unreadable.
     """
     path = Path(path)
-    readers = {".parquet": _read_parquet, ".csv": _read_csv}
     _check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
     try:
-        return readers[path.suffix.lower()](path)
+        return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -121,19 +126,19 @@ def read_table(path: str | Path) -> FrameTable:
 def write_table(path: str | Path, table: FrameTable) -> None:
     """Writes .parquet, or .csv with its .csv.json, each whole or not at all; OSError if it cannot be written.
 
-    A CSV is never beside the .csv.json of another table: at worst, after a crash, it is without one.
+    A CSV never gets the .csv.json of another table: after a crash it has at worst none.
     """
     path = Path(path)
     _check_suffix(path)
     facts = {"classes": table.classes, "protocol": table.protocol}
     if path.suffix.lower() == ".parquet":
-        write_whole(path, _parquet_bytes(table, json.dumps(facts)))
+        write_file(path, _parquet_bytes(table, json.dumps(facts)))
         return
     content = pa.BufferOutputStream()
     pa_csv.write_csv(_csv_columns(table), content)
     _facts_path(path).unlink(missing_ok=True)
-    write_whole(path, content.getvalue())
-    write_whole(_facts_path(path), (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, content.getvalue())
+    write_file(_facts_path(path), (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 # -- Parquet --------------------------------------------------------------------------------------------
@@ -159,7 +164,7 @@ def _read_parquet(path: Path) -> FrameTable:
         raise ValueError(f"column 'counts' is {kind}, not a list of K x (K + 1) whole numbers; write it by write_table")
     counts = table["counts"].combine_chunks()
     if counts.null_count or counts.flatten().null_count:
-        raise ValueError("column 'counts' has empty places; count the frames' pixels anew")
+        raise ValueError("column 'counts' has empty cells; count the pixels of the frames again")
     classes = (math.isqrt(4 * kind.list_size + 1) - 1) // 2
     if classes * (classes + 1) != kind.list_size:
         raise ValueError(f"column 'counts' has {kind.list_size} numbers per row, which is K x (K + 1) for no K")
@@ -208,7 +213,7 @@ def _header(content: bytes) -> list[str]:
         raise ValueError(f"the header is no UTF-8 text ({error.reason}); save it as UTF-8 CSV") from error
     name, times = Counter(header).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"column {name!r} stands there {times} times; leave one")
+        raise ValueError(f"column {name!r} is listed {times} times; remove all but one")
     _need(header, ["scene"])
     return header
 
@@ -221,7 +226,9 @@ def _from_cells(table: pa.Table) -> np.ndarray:
     _need(table.column_names, [name for name in names if not name.endswith("none")])
     strange = [name for name in given if name not in names]
     if strange:
-        raise ValueError(f"column {strange[0]!r} predicts a class that has no truth columns; add those of every class")
+        raise ValueError(
+            f"column {strange[0]!r} predicts a class that has no ground-truth columns; add those of every class"
+        )
     missing = np.zeros(len(table), np.int64)  # 0-none may be left out
     columns = [_whole_numbers(table, name) if name in table.column_names else missing for name in names]
     return np.stack(columns, 1).reshape(len(table), classes, classes + 1)
@@ -236,21 +243,21 @@ def _from_class_totals(table: pa.Table) -> np.ndarray:
         )
     if found != {0, 1}:
         raise ValueError(
-            "columns such as class0_union tell what was taken for what of the classes 0 and 1 only, not of "
-            f"{', '.join(map(str, sorted(found)))}; give columns 0-0, 0-1, ... (truth-prediction)"
+            "columns such as class0_union determine the confusion matrix of two classes, 0 and 1, only, not of "
+            f"{', '.join(map(str, sorted(found)))}; give columns 0-0, 0-1, ... (ground truth-prediction)"
         )
     names = [[f"class{k}_{total}" for total in _CLASS_TOTALS] for k in (0, 1)]
     _need(table.column_names, sum(names, []))
     values = [[_whole_numbers(table, name) for name in of_class] for of_class in names]
-    (hits0, union0, predicted0, truth0), (hits1, union1, predicted1, truth1) = values
-    for (hits, union, predicted, truth), of_class in zip(values, names, strict=True):
+    (hits0, union0, predicted0, true0), (hits1, union1, predicted1, true1) = values
+    for (hits, union, predicted, true), of_class in zip(values, names, strict=True):
         why = f"is not {of_class[2]} + {of_class[3]} - {of_class[0]}; take the counts from one evaluation"
-        _refuse((union != predicted + truth - hits)[:, None], of_class[1:2], why)
+        _check((union != predicted + true - hits)[:, None], of_class[1:2], why)
     # What was predicted as the other class, and what as none.
     wrong0, wrong1 = predicted1 - hits1, predicted0 - hits0
-    counts = np.stack([hits0, wrong0, truth0 - hits0 - wrong0, wrong1, hits1, truth1 - hits1 - wrong1], 1)
+    counts = np.stack([hits0, wrong0, true0 - hits0 - wrong0, wrong1, hits1, true1 - hits1 - wrong1], 1)
     sums = ["class1_pred_label", "class0_label", "class0_pred_label", "class1_label"]
-    _refuse(counts[:, [1, 2, 3, 5]] < 0, sums, "is too small or too large for the other counts of its row")
+    _check(counts[:, [1, 2, 3, 5]] < 0, sums, "is too small or too large for the other counts of its row")
     return counts.reshape(len(table), 2, 3)
 
 
@@ -284,7 +291,7 @@ def _frame_column(header: list[str]) -> str | None:
     return header[0]
 
 
-# -- both -----------------------------------------------------------------------------------------------
+# -- both layouts -----------------------------------------------------------------------------------------------
 
 
 def _table(table: pa.Table, counts: np.ndarray, facts: dict[str, Any], frame: str | None) -> FrameTable:
@@ -316,7 +323,7 @@ def _name_columns(table: FrameTable) -> dict[str, Sequence[Any]]:
 def _cells(num_classes: int) -> list[str]:
     """Names of the K x (K + 1) counts in their order."""
     predictions = [*map(str, range(num_classes)), "none"]
-    return [f"{truth}-{prediction}" for truth in range(num_classes) for prediction in predictions]
+    return [f"{true}-{prediction}" for true in range(num_classes) for prediction in predictions]
 
 
 def _is_number(name: str) -> bool:
@@ -324,7 +331,7 @@ def _is_number(name: str) -> bool:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a column of this name has a meaning of its own, and so is no attribute."""
+    """Whether a column of this name is no attribute."""
     return name in ("frame", "scene", "counts") or _is_number(name)
 
 
@@ -335,8 +342,8 @@ def _need(found: Sequence[str], wanted: Sequence[str]) -> None:
         raise ValueError(f"there is no column {shown}; found {', '.join(map(repr, found[:12]))}; add what is missing")
 
 
-def _refuse(wrong: np.ndarray, columns: Sequence[str], why: str) -> None:
-    """Raises ValueError for the first true value of wrong (R, columns)."""
+def _check(wrong: np.ndarray, columns: Sequence[str], why: str) -> None:
+    """Raises ValueError for the first cell where wrong (R, columns) is true."""
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
         raise ValueError(f"row {row + 1}, column {columns[column]!r} {why}")
@@ -356,4 +363,38 @@ def _read_facts(text: bytes, where: str) -> dict[str, Any]:
         facts = json.loads(text)
         return {"classes": list(map(str, facts["classes"])), "protocol": dict(facts["protocol"])}
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} does not hold classes and protocol ({error!r}); write the table anew") from error
+        raise ValueError(f"{where} does not hold classes and protocol ({error!r}); write the table again") from error
+
+
+# -- frames scored so far -------------------------------------------------------------------------------
+
+
+class Scored(NamedTuple):
+    """Numbers (N,) int64 of frames in their index, and their counts (N, K, K + 1) int64."""
+
+    rows: np.ndarray
+    counts: np.ndarray
+
+
+def save_batch(folder: Path, batch: Scored) -> None:
+    """Writes a file of a batch, whole or not at all, named after its first frame; no other process has that frame."""
+    content = io.BytesIO()
+    np.savez(content, **batch._asdict())
+    write_file(folder / f"{batch.rows[0]:08d}.npz", content.getvalue())
+
+
+def read_scored(folder: Path, num_frames: int, num_classes: int) -> Scored:
+    """All batches in a folder, in the order of the frames; raises ValueError for frames that cannot be."""
+    rows, counts = [np.empty(0, np.int64)], [np.empty((0, num_classes, num_classes + 1), np.int64)]
+    for path in sorted(folder.glob("[0-9]*.npz")):
+        with np.load(path) as batch:
+            rows.append(batch["rows"])
+            counts.append(batch["counts"])
+    found = np.concatenate(rows)
+    order = np.argsort(found)
+    found = found[order]
+    if len(np.unique(found)) < len(found) or len(found) and not 0 <= found[0] <= found[-1] < num_frames:
+        raise ValueError(
+            f"{folder} holds other frames or some twice: two programs wrote there; delete it, evaluate again"
+        )
+    return Scored(found, np.concatenate(counts)[order])

@@ -1,4 +1,4 @@
-"""What an evaluation found, from the counts of its frames: figures of a set and its groups, as JSON, CSV, Markdown.
+"""Figures of a set and its groups from the counts of its frames, as JSON, CSV and Markdown.
 
 Letters: K classes.
 """
@@ -16,7 +16,7 @@ from .metrics import group_sums, scores
 
 # Figures of a whole set, as columns of tables name them.
 FIGURES = {"miou": "mIoU", "pixel_accuracy": "pixel accuracy", "frequency_weighted_iou": "frequency-weighted IoU"}
-# More sizes than these are told by the smallest and the largest; more scenes than these are only in the files.
+# Of more sizes only the smallest and the largest are printed, of more scenes only the worst.
 _SIZES, _SCENES = 3, 40
 
 
@@ -53,7 +53,7 @@ def group_results(table: FrameTable) -> dict[str, list[dict[str, Any]]]:
 
 
 def mean_results(sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The published average: of each set's figures, every set counting the same; None where a set has no value."""
+    """The published average: of each set's figures, every set with the same weight; None where a set has no value."""
     found: dict[str, Any] = {"sets": list(sets)}
     for name in FIGURES:
         values = [results[name] for results in sets.values()]
@@ -62,7 +62,7 @@ def mean_results(sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def group_csv(results: dict[str, Any]) -> str:
-    """A line per group and one, "all", for the set, unrounded, under which protocol in every line."""
+    """A line per group and one, "all", for the set, unrounded, each with the protocol."""
     names = list(results["iou"])
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -84,7 +84,7 @@ def group_csv(results: dict[str, Any]) -> str:
 
 
 def closing_lines(results: dict[str, Any]) -> list[str]:
-    """What evaluate_tqdm.py prints after the sets: all of them in one table, and which model it was."""
+    """What `tqdm-seg evaluate` prints after the sets: all of them in one table, and the model."""
     lines = [*summary_lines(results), ""] if len(results["sets"]) > 1 else []
     model = results["model"]
     code = f"commit {model['commit']}" if model["commit"] else f"version {model['version'] or 'not known'}"
@@ -113,11 +113,11 @@ def positive_text(positive: dict[str, Any]) -> str:
 
 
 def class_lines(results: dict[str, Any]) -> list[str]:
-    """Lines of the table of classes. truth: their shares of the labelled pixels."""
-    truth = [sum(row) for row in results["matrix"]]
-    lines = [table_line(["class", "IoU, %", "accuracy, %", "truth, %"]), table_line(["---", *["---:"] * 3])]
-    for pixels, (name, iou) in zip(truth, results["iou"].items(), strict=True):
-        share = percent(pixels / sum(truth) if sum(truth) else None)
+    """Lines of the table of classes. share: of the labelled pixels."""
+    labelled = [sum(row) for row in results["matrix"]]
+    lines = [table_line(["class", "IoU, %", "accuracy, %", "share, %"]), table_line(["---", *["---:"] * 3])]
+    for pixels, (name, iou) in zip(labelled, results["iou"].items(), strict=True):
+        share = percent(pixels / sum(labelled) if sum(labelled) else None)
         lines.append(table_line([name, percent(iou), percent(results["accuracy"][name]), share]))
     return lines
 
@@ -130,7 +130,7 @@ def group_lines(by: str, group: Sequence[dict[str, Any]]) -> list[str]:
     lines.append(table_line(["---", *["---:"] * (1 + len(FIGURES))]))
     lines += [table_line([row["name"], str(row["frames"]), *(percent(row[key]) for key in FIGURES)]) for row in shown]
     if len(shown) < len(group):
-        lines += ["", f"The {_SCENES} worst of {len(group)}; the files hold all."]
+        lines += ["", f"The {_SCENES} worst of {len(group)}; all are in the files."]
     return lines
 
 
@@ -142,7 +142,7 @@ def summary_lines(results: dict[str, Any]) -> list[str]:
         lines.append(table_line([name, *(percent(found[key]) for key in FIGURES), short_protocol(found["protocol"])]))
     mean = results["mean"]
     figures = (f"**{percent(mean[key])}**" for key in FIGURES)
-    return [*lines, table_line([f"**mean of {len(mean['sets'])} sets**", *figures, "each set counts the same"])]
+    return [*lines, table_line([f"**mean of {len(mean['sets'])} sets**", *figures, "all sets have the same weight"])]
 
 
 def protocol_text(protocol: dict[str, Any]) -> str:
@@ -155,7 +155,7 @@ def protocol_text(protocol: dict[str, Any]) -> str:
         short_protocol(protocol),
         f"images resized: {protocol['resize']}",
         protocol["interpolation"],
-        f"truth {protocol['truth']}, {sizes_text(protocol['truth_size'])}",
+        f"ground truth {protocol['ground_truth']}, {sizes_text(protocol['ground_truth_size'])}",
         protocol["pooling"],
         f"{len(classes)} classes ({', '.join(classes)}), {labels['ignored']} ignored",
         f"label map {labels['name']}: {labels['policy']}",
@@ -164,14 +164,15 @@ def protocol_text(protocol: dict[str, Any]) -> str:
 
 
 def short_protocol(protocol: dict[str, Any]) -> str:
-    """What differs most often: size, windows, views, truth, number format."""
+    """What differs most often: size, windows, views, ground truth, precision."""
     mode = protocol["mode"]
     if mode == "slide":
         mode = f"windows of {protocol['window']} every {protocol['stride']} pixels"
-    truth = "" if protocol["truth"].startswith("at its own") else f", truth {protocol['truth']}"
+    ground_truth = protocol["ground_truth"]
+    ground_truth = "" if ground_truth == "at its own size" else f", ground truth {ground_truth}"
     return (
         f"images {sizes_text(protocol['image_size'])}, {mode}, test-time augmentation: "
-        f"{protocol['test_time_augmentation']}{truth}, {protocol['precision']}"
+        f"{protocol['test_time_augmentation']}{ground_truth}, {protocol['precision']}"
     )
 
 

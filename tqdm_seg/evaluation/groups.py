@@ -7,16 +7,14 @@ from typing import Any
 from ..data.scenes import scene_identity
 
 ATTRIBUTES = ("weather", "light", "road")
-
-
 NOT_GIVEN = "not given"
 
 
-def flattened(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"labels": {"ignored": 255}} -> {"labels.ignored": 255}."""
     found: dict[str, Any] = {}
     for key, value in protocol.items():
-        found |= flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        found |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return found
 
 
@@ -32,14 +30,16 @@ def read_attributes(path: Path) -> dict[str, dict[str, str]]:
         except ValueError as error:
             raise ValueError(f"{path}, row {number}: {error}") from error
         if scene in found:
-            raise ValueError(f"{path}, row {number}: scene {row['scene']} stands there twice; leave one out")
+            raise ValueError(f"{path}, row {number}: scene {row['scene']} is listed twice; remove one")
         found[scene] = row
     return found
 
 
 def read_text(path: Path) -> str:
-    """A text file; raises ValueError naming what is none."""
+    """A text file; raises FileNotFoundError or, if it is not UTF-8, ValueError."""
+    if not path.is_file():
+        raise FileNotFoundError(f"file not found: {path}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8; save it as such") from error
+        raise ValueError(f"{path} is no UTF-8 text; save it as UTF-8") from error

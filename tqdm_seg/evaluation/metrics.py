@@ -10,41 +10,43 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BYTES = 256  # values that a label picture can hold
-CHUNK = 2**18  # pixels that are counted at once: what is computed of them stays in the processor's cache
+BYTES = 256  # values that a label image can hold
+CHUNK = 2**18  # pixels that are counted at once: intermediate results stay in the processor's cache
 
 
 def confusion_matrix(
-    prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int = 255, check: bool = True
+    prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int = 255, check: bool = True
 ) -> Tensor:
-    """Pixel counts (K, K + 1) int64: rows truth, columns prediction, the last column "predicted no class".
+    """Pixel counts (K, K + 1) int64: rows ground truth, columns prediction, the last column "predicted no class".
 
-    prediction, truth: integer maps of one shape, values 0 ... K-1 or `ignore_index`. Pixels whose truth is
+    prediction, labels: integer maps of one shape, values 0 ... K-1 or `ignore_index`. Pixels whose label is
     `ignore_index` are left out. A prediction of `ignore_index` on a labelled pixel is a miss for the true class and a
-    false alarm for none, which is why it has a column and no row.
-    check: False leaves out pairs of other values. Of bytes on a GPU nothing then has to be known at once, so that the
-    host goes on without waiting; whoever reads the counts can see from their sum whether all pixels are there.
+    false alarm for no class: it has a column and no row.
+    check: False leaves out pairs of other values, so that bytes on a GPU are counted without waiting for it; the sum of
+    the counts then tells whether all pixels were valid.
     Raises ValueError when the shapes differ or a value is neither a class nor `ignore_index`.
     """
-    if prediction.shape != truth.shape:
+    if prediction.shape != labels.shape:
         raise ValueError(
-            f"prediction {tuple(prediction.shape)} and truth {tuple(truth.shape)} differ in size; resize the scores "
-            "to the truth before taking the class"
+            f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} differ in size; resize the scores "
+            "to the labels before taking the class"
         )
-    prediction, truth = prediction.flatten(), truth.flatten()
+    prediction, labels = prediction.flatten(), labels.flatten()
     pairs = None
     if num_classes <= BYTES and 0 <= ignore_index < BYTES:
-        pairs = _pair_counts(truth, prediction, BYTES)
+        pairs = _pair_counts(labels, prediction, BYTES)
     if pairs is None:  # other ids than bytes: the ignored one, which can be anything, becomes K
-        _refuse_strange(prediction, truth, num_classes, ignore_index)
-        truth, prediction = (torch.where(x.long() == ignore_index, num_classes, x.long()) for x in (truth, prediction))
+        _check_values(prediction, labels, num_classes, ignore_index)
+        labels, prediction = (
+            torch.where(x.long() == ignore_index, num_classes, x.long()) for x in (labels, prediction)
+        )
         ignore_index = num_classes
-        pairs = _pair_counts(truth, prediction, num_classes + 1)
+        pairs = _pair_counts(labels, prediction, num_classes + 1)
     if check:
         # Every pair of values has a bin, impossible ones too: to look through the bins costs less than through pixels.
         known = torch.tensor(sorted({*range(num_classes), ignore_index}), device=pairs.device)
-        if pairs[known][:, known].sum() != truth.numel():
-            _refuse_strange(prediction, truth, num_classes, ignore_index)
+        if pairs[known][:, known].sum() != labels.numel():
+            _check_values(prediction, labels, num_classes, ignore_index)
     pairs[ignore_index] = 0
     matrix = torch.cat([pairs[:num_classes, :num_classes], pairs[:num_classes, ignore_index, None]], 1)
     if ignore_index < num_classes:
@@ -66,15 +68,15 @@ def group_sums(counts: np.ndarray, groups: Sequence[str]) -> dict[str, np.ndarra
 
 
 def class_iou(matrix: Tensor) -> Tensor:
-    """IoU per class (..., K) float64: hits / (truth + predicted - hits); NaN where a class is in neither."""
-    hits, truth, predicted = _totals(matrix)
-    return hits.double() / (truth + predicted - hits)
+    """IoU per class (..., K) float64: hits / (true + predicted - hits); NaN where a class is in neither."""
+    hits, true, predicted = _totals(matrix)
+    return hits.double() / (true + predicted - hits)
 
 
 def class_accuracy(matrix: Tensor) -> Tensor:
-    """Share of each class's true pixels that got it (recall), (..., K) float64; NaN where the truth has none."""
-    hits, truth, _ = _totals(matrix)
-    return hits.double() / truth
+    """Share of each class's true pixels that got it (recall), (..., K) float64; NaN where it has no true pixel."""
+    hits, true, _ = _totals(matrix)
+    return hits.double() / true
 
 
 def mean_iou(matrix: Tensor) -> float:
@@ -84,28 +86,28 @@ def mean_iou(matrix: Tensor) -> float:
 
 def pixel_accuracy(matrix: Tensor) -> float:
     """Share of the labelled pixels that got their true class; NaN without labelled pixels."""
-    hits, truth, _ = _totals(matrix)
-    return (hits.sum().double() / truth.sum()).item()
+    hits, true, _ = _totals(matrix)
+    return (hits.sum().double() / true.sum()).item()
 
 
 def frequency_weighted_iou(matrix: Tensor) -> float:
     """`class_iou` weighted by each class's share of the labelled pixels; NaN without labelled pixels."""
-    _, truth, _ = _totals(matrix)
-    # A class absent from the truth has weight 0, and its IoU may be NaN: 0 * NaN must not spoil the sum.
-    return (class_iou(matrix).nan_to_num() * truth.double() / truth.sum()).sum().item()
+    _, true, _ = _totals(matrix)
+    # A class absent from the ground truth has weight 0, and its IoU may be NaN: 0 * NaN must not spoil the sum.
+    return (class_iou(matrix).nan_to_num() * true.double() / true.sum()).sum().item()
 
 
 def positive_class_scores(matrix: Tensor, positive: int = 1) -> dict[str, float]:
     """precision, recall, f_score = 2 p r / (p + r) and iou of one class against all others, as ORFD reports them.
 
-    NaN where a ratio has nothing below its line (nothing predicted, nothing in the truth, neither).
+    NaN where a denominator is 0.
     """
-    hits, truth, predicted = (total[positive].double() for total in _totals(matrix))
+    hits, true, predicted = (total[positive].double() for total in _totals(matrix))
     return {
         "precision": (hits / predicted).item(),
-        "recall": (hits / truth).item(),
-        "f_score": (2 * hits / (truth + predicted)).item(),
-        "iou": (hits / (truth + predicted - hits)).item(),
+        "recall": (hits / true).item(),
+        "f_score": (2 * hits / (true + predicted)).item(),
+        "iou": (hits / (true + predicted - hits)).item(),
     }
 
 
@@ -158,14 +160,14 @@ def _below(values: Tensor, side: int) -> bool:
     return bool(low >= 0 and high < side)
 
 
-def _refuse_strange(prediction: Tensor, truth: Tensor, num_classes: int, ignore_index: int) -> None:
+def _check_values(prediction: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises ValueError for the first value that is neither a class nor `ignore_index`, if there is one."""
-    for name, values in (("prediction", prediction.long()), ("truth", truth.long())):
+    for name, values in (("prediction", prediction.long()), ("labels", labels.long())):
         strange = values[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
         if len(strange):
             raise ValueError(
-                f"{name} holds the value {int(strange[0])}, which is no class of 0 ... {num_classes - 1} and not the "
-                f"ignored {ignore_index}; map the labels to class ids first"
+                f"{name}: value {int(strange[0])} is neither a class id from 0 to {num_classes - 1} nor the ignored "
+                f"{ignore_index}; map the labels to class ids first"
             )
 
 

@@ -1,12 +1,11 @@
-"""How a frame becomes class ids: the sizes at which the model sees it, the truth it is held against, and the protocol
-that says so beside every figure.
+"""How a frame becomes class ids: input sizes, ground-truth handling, and the protocol stored with every figure.
 
-Letters: K classes, H, W image, h, w truth.
+Letters: K classes, H, W image, h, w ground truth.
 """
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -24,28 +23,31 @@ from ..data.label_maps import IGNORE_INDEX
 PUBLISHED_BOXES = {"Cityscapes": (1024, 2048), "Mapillary Vistas": (1024, 2048), "BDD100K (10k)": (720, 1280)}
 # Scales of the published test-time augmentation, each with its mirror image.
 PUBLISHED_SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-# Width and height, a quarter of its input, at which OFF-Net keeps the truth.
+# Width and height, a quarter of its input, to which OFF-Net shrinks the ground truth.
 _OFFNET_SIZE = (320, 176)
-_TRUTHS = {
-    "own": "at its own size",
-    "offnet": "shrunk to 320x176 (width x height) and enlarged again, by nearest neighbour, as OFF-Net scores",
-}
 
 
 @dataclass(frozen=True)
-class Inference:
-    """How frames are shown to a model, and what its answer is held against.
+class Protocol:
+    """How a model sees a frame, and the ground truth that its prediction is scored against.
 
     size: box or exact size as in the image processor's `size`, or None for every image's own.
-    scales: the views of a frame, as ratios of that size. flip: every view also as its mirror image. softmax_views: a
-    softmax over the classes before views are averaged, as published. truth: as `_TRUTHS` says.
+    scales: the views of a frame, as ratios of that size. flip: every view also mirrored. softmax_views: softmax over
+    the classes before views are averaged, as published. offnet: ground truth shrunk and enlarged again, as OFF-Net
+    scores.
     """
 
     size: dict[str, int] | None = None
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     softmax_views: bool = False
-    truth: Literal["own", "offnet"] = "own"
+    offnet: bool = False
+
+    @classmethod
+    def of(cls, processor: TqdmImageProcessor) -> "Protocol":
+        """What a model's own image processor does: images fitted into its size if it resizes, else at their own."""
+        size = {name: side for name, side in dict(processor.size).items() if side}
+        return cls(size if processor.do_resize else None)
 
     def view_sizes(self, height: int, width: int) -> list[tuple[int, int]]:
         """Height and width of every view of an image (height, width)."""
@@ -69,18 +71,58 @@ class Inference:
             views.append(view)
         return views
 
-    def truth_of(self, labels: np.ndarray) -> Tensor:
-        """The truth (h, w) uint8 from labels (h, w) uint8."""
-        if self.truth == "offnet":
+    def ground_truth(self, labels: np.ndarray) -> Tensor:
+        """The ground truth (h, w) uint8 from labels (h, w) uint8."""
+        if self.offnet:
             small = cv2.resize(labels, _OFFNET_SIZE, interpolation=cv2.INTER_NEAREST)
             labels = cv2.resize(small, labels.shape[::-1], interpolation=cv2.INTER_NEAREST)
         return torch.tensor(labels)
 
+    def describe(
+        self, config: TqdmConfig, label_map: dict[str, str], sizes: Counter[tuple[int, int]], precision: str
+    ) -> dict[str, Any]:
+        """Everything that figures depend on besides weights and frames, ready for JSON.
 
-def model_inference(processor: TqdmImageProcessor) -> Inference:
-    """What a model's own image processor does: images fitted into its size if it says so, else at their own."""
-    size = {name: side for name, side in dict(processor.size).items() if side}
-    return Inference(size if processor.do_resize else None)
+        label_map: its name and policy, from the manifest. sizes: how many frames of each (height, width) there are.
+        """
+        images, longest = Counter(), 0
+        for size, count in sizes.items():
+            images[self.view_size(*size)] += count
+            longest = max(longest, *map(max, self.view_sizes(*size)))
+        sliding = config.window_size is not None and longest > config.window_size
+        return {
+            "frames": sizes.total(),
+            "image_size": _size_table(images),
+            "resize": self._resize_text(),
+            "mode": "slide" if sliding else "whole",
+            "window": config.window_size if sliding else None,
+            "stride": config.window_stride if sliding else None,
+            "test_time_augmentation": self._views_text(),
+            "interpolation": "scores resized bilinearly to the ground truth, then argmax",
+            "ground_truth": "shrunk to 176x320 and enlarged again by nearest neighbour, as OFF-Net scores"
+            if self.offnet
+            else "at its own size",
+            "ground_truth_size": _size_table(sizes),
+            "pooling": "one confusion matrix over all frames",
+            "precision": precision,
+            "labels": {**label_map, "classes": config.id2label, "ignored": IGNORE_INDEX},
+        }
+
+    def _resize_text(self) -> str:
+        if self.size is None:
+            return "none"
+        if "height" in self.size:
+            return f"to {self.size['height']}x{self.size['width']}, stretched"
+        return (
+            f"fitted into {self.size['shortest_edge']}x{self.size['longest_edge']}, either way round, keeping the shape"
+        )
+
+    def _views_text(self) -> str:
+        if self.scales == (1.0,) and not self.flip:
+            return "none"
+        mirrored = ", each with its mirror image" if self.flip else ""
+        softmax = "after a softmax over the classes, " if self.softmax_views else ""
+        return f"mean of the scores {softmax}over the scales {', '.join(f'{s:g}' for s in self.scales)}{mirrored}"
 
 
 def predict(
@@ -88,7 +130,7 @@ def predict(
     processor: TqdmImageProcessor,
     views: list[Tensor],
     size: tuple[int, int],
-    inference: Inference,
+    protocol: Protocol,
 ) -> Tensor:
     """Class ids (h, w) = size uint8, on the model's device, from the views (3, H, W) uint8 of one frame."""
     pixel_values = [
@@ -98,56 +140,7 @@ def predict(
         )["pixel_values"]
         for view in views
     ]  # fmt: skip
-    return model.segment_labels(pixel_values, size, inference.flip, inference.softmax_views)[0].to(torch.uint8)
-
-
-def protocol(
-    config: TqdmConfig,
-    inference: Inference,
-    label_map: dict[str, str],
-    sizes: Counter[tuple[int, int]],
-    precision: str,
-) -> dict[str, Any]:
-    """Everything that figures depend on besides weights and frames, ready for JSON.
-
-    label_map: its name and policy, from the manifest. sizes: how many frames of each (height, width) there are.
-    """
-    images, longest = Counter(), 0
-    for size, count in sizes.items():
-        images[inference.view_size(*size)] += count
-        longest = max(longest, *map(max, inference.view_sizes(*size)))
-    sliding = config.window_size is not None and longest > config.window_size
-    return {
-        "frames": sizes.total(),
-        "image_size": _size_table(images),
-        "resize": _resize_text(inference.size),
-        "mode": "slide" if sliding else "whole",
-        "window": config.window_size if sliding else None,
-        "stride": config.window_stride if sliding else None,
-        "test_time_augmentation": _views_text(inference),
-        "interpolation": "scores resized bilinearly to the truth, then argmax",
-        "truth": _TRUTHS[inference.truth],
-        "truth_size": _size_table(sizes),
-        "pooling": "one confusion matrix over all frames",
-        "precision": precision,
-        "labels": {**label_map, "classes": config.id2label, "ignored": IGNORE_INDEX},
-    }
-
-
-def _resize_text(size: dict[str, int] | None) -> str:
-    if size is None:
-        return "none"
-    if "height" in size:
-        return f"to {size['height']}x{size['width']}, stretched"
-    return f"fitted into {size['shortest_edge']}x{size['longest_edge']}, either way round, keeping the shape"
-
-
-def _views_text(inference: Inference) -> str:
-    if inference.scales == (1.0,) and not inference.flip:
-        return "none"
-    mirrored = ", each with its mirror image" if inference.flip else ""
-    softmax = "after a softmax over the classes, " if inference.softmax_views else ""
-    return f"mean of the scores {softmax}over the scales {', '.join(f'{s:g}' for s in inference.scales)}{mirrored}"
+    return model.segment_labels(pixel_values, size, protocol.flip, protocol.softmax_views)[0].to(torch.uint8)
 
 
 def _size_table(sizes: Counter[tuple[int, int]]) -> dict[str, int]:

@@ -1,10 +1,8 @@
-"""What is evaluated: NAME=PATH arguments, the prepared datasets behind them, and whether model and sets go together."""
+"""Prepared datasets that a model is scored on, and whether model and sets go together."""
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -18,28 +16,17 @@ from ..data.scenes import scene_identity
 from ..data.shards import read_manifest, refuse_mixed_labels
 from .counts import FrameTable
 from .groups import ATTRIBUTES
-from .protocol import PUBLISHED_BOXES, Inference
-
-_FORM = "give NAME=PATH, NAME=PATH:SPLIT or NAME=PATH:SPLIT@1024x2048; a name has letters, digits, '.', '_' and '-'"
-_SET = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+?)(?:@(\d+)x(\d+))?")
-
-
-class SetSource(NamedTuple):
-    """A NAME=PATH argument. split: None for what the dataset has; box: None for that of the whole run."""
-
-    name: str
-    folder: str
-    split: str | None
-    box: tuple[int, int] | None
+from .options import SetSource
+from .protocol import PUBLISHED_BOXES, Protocol
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """One split of a prepared dataset under the name that its results have, and how its frames are shown."""
+    """One split of a prepared dataset, the name of its results, and how its frames are shown to the model."""
 
     name: str
     frames: FrameDataset
-    inference: Inference
+    protocol: Protocol
 
     @property
     def sizes(self) -> Counter[tuple[int, int]]:
@@ -59,71 +46,45 @@ class EvaluationSet:
 
 
 class Sample(NamedTuple):
-    """A frame as the model gets it: number in the index, views (3, H, W) uint8, truth (h, w) uint8."""
+    """A frame as the model gets it: number in the index, views (3, H, W) uint8, ground truth (h, w) uint8."""
 
     row: int
     views: list[Tensor]
-    truth: Tensor
+    ground_truth: Tensor
 
 
 class Samples(Dataset):
     """The frames of a set as the model gets them."""
 
     def __init__(self, chosen: EvaluationSet, processor: TqdmImageProcessor):
-        self.frames, self.inference, self.processor = chosen.frames, chosen.inference, processor
+        self.frames, self.protocol, self.processor = chosen.frames, chosen.protocol, processor
         self.frames.cache = None  # every frame is read once
 
     def __getitem__(self, row: int) -> Sample:
         frame = self.frames[row]
-        truth = self.inference.truth_of(frame.labels)
-        return Sample(row, self.inference.views(frame.image, self.processor), truth)
-
-
-def parse_set(text: str) -> SetSource:
-    """The parts of NAME=PATH[:SPLIT][@HEIGHTxWIDTH]; raises ValueError for anything else."""
-    match = _SET.fullmatch(text)
-    if match is None:
-        raise ValueError(f"--data {text!r} names no dataset; {_FORM}")
-    name, folder, *sides = match.groups()
-    box = None if sides[0] is None else checked_box(*map(int, sides))
-    place, colon, split = folder.rpartition(":")
-    # URLs have colons, too: hf://datasets/...; and so may folders.
-    if colon and re.fullmatch(r"\w+", split) and not Path(folder).exists():
-        return SetSource(name, place, split, box)
-    return SetSource(name, folder, None, box)
-
-
-def checked_box(*sides: int) -> tuple[int, int]:
-    """The shorter and the longer side of a box; raises ValueError if it is empty."""
-    if min(sides) < 1:
-        raise ValueError(f"a box of {sides[0]}x{sides[1]} pixels is empty; give two sides, as 1024x2048")
-    return min(sides), max(sides)
+        views = self.protocol.views(frame.image, self.processor)
+        return Sample(row, views, self.protocol.ground_truth(frame.labels))
 
 
 def open_sets(
-    arguments: Sequence[str], inference: Inference, protocol: str, box: tuple[int, int] | None = None
+    sources: Sequence[SetSource], protocol: Protocol, sizes: str, box: tuple[int, int] | None = None
 ) -> list[EvaluationSet]:
-    """The sets that the arguments name.
+    """The sets of these sources.
 
-    inference: of the run. protocol: whose sizes the frames have, "model": the inference's, "own": the frames',
-    "published": by the dataset's name. box: in place of it; the box of an argument goes before both.
-    Raises ValueError for malformed or doubled names, a missing split, datasets whose labels differ; FileNotFoundError
-    for unfinished datasets.
+    protocol: of the run. sizes: what the frames are resized to, "model": the protocol's size, "own": none, "published":
+    by the dataset's name. box: in place of it; the box of a source goes before both.
+    Raises ValueError for a missing split and datasets whose labels differ, FileNotFoundError for unfinished datasets.
     """
-    sources = [parse_set(text) for text in arguments]
-    name, times = Counter(source.name.lower() for source in sources).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"{times} sets are called {name}; results go by these names, so give each its own")
     sets = []
     for source in sources:
         frames = FrameDataset(source.folder, source.split or default_split(source.folder))
         chosen = source.box or box
-        if chosen is None and protocol == "published":
+        if chosen is None and sizes == "published":
             chosen = PUBLISHED_BOXES.get(frames.index.manifest["dataset"])
-        size = inference.size if protocol == "model" else None
+        size = protocol.size if sizes == "model" else None
         if chosen is not None:
-            size = dict(zip(("shortest_edge", "longest_edge"), chosen, strict=True))
-        sets.append(EvaluationSet(source.name, frames, replace(inference, size=size)))
+            size = dict(zip(("shortest_edge", "longest_edge"), sorted(chosen), strict=True))
+        sets.append(EvaluationSet(source.name, frames, replace(protocol, size=size)))
     refuse_mixed_labels([chosen.frames.index.manifest for chosen in sets])
     return sets
 
@@ -137,7 +98,7 @@ def default_split(folder: str) -> str:
     raise ValueError(f"{folder} has no split validation or test, only {', '.join(splits)}; say which: PATH:SPLIT")
 
 
-def refuse_other_classes(names: Sequence[str], chosen: EvaluationSet) -> None:
+def check_classes(names: Sequence[str], chosen: EvaluationSet) -> None:
     """Raises ValueError unless the dataset has the model's classes, in the same order."""
     found = chosen.frames.classes
     if list(names) == found:
@@ -147,8 +108,8 @@ def refuse_other_classes(names: Sequence[str], chosen: EvaluationSet) -> None:
     number = next(i for i in range(longer) if padded[0][i] != padded[1][i])
     raise ValueError(
         f"the model has {len(names)} classes, {chosen.name} has {len(found)}, and class {number} is "
-        f"{padded[0][number]} to the model but {padded[1][number]} in the dataset; names and order must be the same: "
-        "evaluate on data prepared with the model's classes, or train for these"
+        f"{padded[0][number]} to the model but {padded[1][number]} in the dataset; evaluate on data prepared with the "
+        "model's classes in the same order, or train for these"
     )
 
 
@@ -158,7 +119,7 @@ def frame_attributes(
     """{attribute: a value per frame, "" where none is given} from {scene: {column: value}}.
 
     scenes: one per frame. wanted: columns, None for those of `ATTRIBUTES` that there are. Raises ValueError for a
-    column that is not there or that a table has anyway, and for impossible scene names.
+    missing column, one that every table has, and impossible scene names.
     """
     columns = {name for values in of_scene.values() for name in values}
     names = [name for name in ATTRIBUTES if name in columns] if wanted is None else wanted

@@ -1,6 +1,6 @@
 """Two runs on the same frames: their scores by scene and group, what differs, and whether they may be compared.
 
-Everything follows from the pixel counts of the two per-frame tables; `compare_runs.py` states the rules.
+Everything follows from the pixel counts of the two per-frame tables; `CompareOptions` states the rules.
 
 Letters: R rows, S scenes, N resamples, K classes.
 """
@@ -15,19 +15,19 @@ import torch
 
 from ..data.scenes import scene_identity
 from ..evaluation.counts import FrameTable
-from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flattened
+from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flatten
 from ..evaluation.metrics import class_iou, group_sums
 
 
 class Message(NamedTuple):
-    """A sentence in English, and what its braces stand for (other messages among it), so that it can be translated."""
+    """A sentence in English, and values for its braces (which may be messages), so that it can be translated."""
 
     text: str
     values: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
-class Row:
+class PairedCounts:
     """The counts (2, K, K + 1) of one set of frames in both runs, and how many frames each run has of it."""
 
     name: str
@@ -54,7 +54,7 @@ class Group(NamedTuple):
     """The frames divided by one of their properties."""
 
     name: str
-    rows: list[Row]
+    rows: list[PairedCounts]
 
 
 class Interval(NamedTuple):
@@ -69,13 +69,13 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the outputs say. warnings: why not to compare. notes: what else a reader should know."""
+    """All that the outputs say. warnings: reasons not to compare. notes: what else a reader should know."""
 
     runs: tuple[str, str]
     protocols: tuple[dict[str, Any], dict[str, Any]]
     classes: list[str]
-    scenes: list[Row]
-    overall: Row
+    scenes: list[PairedCounts]
+    overall: PairedCounts
     groups: list[Group]
     interval: Interval | None
     same_frames: bool
@@ -83,7 +83,7 @@ class Comparison:
     notes: list[Message]
 
     @cached_property
-    def ranked(self) -> list[Row]:
+    def ranked(self) -> list[PairedCounts]:
         """Scenes that have a value in both runs, from the largest loss to the largest gain."""
         return sorted((row for row in self.scenes if row.difference == row.difference), key=lambda row: row.difference)
 
@@ -99,7 +99,12 @@ class Comparison:
         """Means of the scenes' mIoU of both runs, over the scenes that have a value in both; NaN for none."""
         return np.mean([row.miou for row in self.ranked] or [[np.nan, np.nan]], 0).tolist()
 
-    def mark(self, row: Row) -> str:
+    @property
+    def class_iou(self) -> list[tuple[str, list[float]]]:
+        """Every class and its IoU over all frames in both runs; NaN where undefined."""
+        return list(zip(self.classes, self.overall.iou.T.tolist(), strict=True))
+
+    def mark(self, row: PairedCounts) -> str:
         """What a scene is marked with: up, down or nothing."""
         mean, deviation = self.spread
         if abs(row.difference - mean) > deviation:  # never true of NaN
@@ -107,7 +112,7 @@ class Comparison:
         return ""
 
 
-# -- may they be compared -------------------------------------------------------------------------------
+# -- whether they may be compared -------------------------------------------------------------------------------
 
 
 def frame_warnings(tables: Sequence[FrameTable], runs: tuple[str, str]) -> list[Message]:
@@ -128,14 +133,14 @@ def frame_warnings(tables: Sequence[FrameTable], runs: tuple[str, str]) -> list[
     return found
 
 
-def truth_warnings(tables: Sequence[FrameTable]) -> list[Message]:
-    """Whether what both runs have was scored against the same truth, as far as its pixels per class tell."""
+def ground_truth_warnings(tables: Sequence[FrameTable]) -> list[Message]:
+    """Whether both runs were scored against the same ground truth, as far as its pixels per class tell."""
     unit, keys = frame_keys(tables)
-    truth = [group_sums(table.counts.sum(2), of_table) for table, of_table in zip(tables, keys, strict=True)]
-    common = sorted(truth[0].keys() & truth[1].keys())
+    labelled = [group_sums(table.counts.sum(2), of_table) for table, of_table in zip(tables, keys, strict=True)]
+    common = sorted(labelled[0].keys() & labelled[1].keys())
     if not common:
         return []
-    a, b = (np.stack([sums[key] for key in common]) for sums in truth)  # (frames or scenes, K)
+    a, b = (np.stack([sums[key] for key in common]) for sums in labelled)  # (frames or scenes, K)
     changed = (a != b).any(1)
     if not changed.any():
         return []
@@ -144,14 +149,14 @@ def truth_warnings(tables: Sequence[FrameTable]) -> list[Message]:
         "count": int(changed.sum()), "total": len(common), "unit": Message(unit), "share": f"{100 * share.max():.2f}",
         "name": class_names(tables)[share.argmax()],
     }  # fmt: skip
-    text = "The truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels."
+    text = "The ground truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels."
     return [Message(text, values)]
 
 
 def frame_keys(tables: Sequence[FrameTable]) -> tuple[str, list[list[str]]]:
     """Whether frames or scenes can be told apart in both tables, and what names of one have in common, row by row.
 
-    Tables name a frame by its picture or its label, under whatever folder the data were in: scene and file name count,
+    Tables name a frame by its image or its label, under whatever folder the data were in: scene and file name count,
     or the whole path where these are not unique.
     """
     if not all(any(table.frames) for table in tables):
@@ -167,7 +172,7 @@ def frame_keys(tables: Sequence[FrameTable]) -> tuple[str, list[list[str]]]:
 
 def protocol_warnings(tables: Sequence[FrameTable], runs: tuple[str, str]) -> list[Message]:
     """Every field of the protocols that differs, and the names of the classes if both tables have them."""
-    a, b = (flattened(table.protocol) for table in tables)
+    a, b = (flatten(table.protocol) for table in tables)
     if bool(a) != bool(b):
         return [Message("Only {run} states its protocol.", {"run": runs[0] if a else runs[1]})]
     if all(map(has_names, tables)):
@@ -194,7 +199,7 @@ def class_names(tables: Sequence[FrameTable]) -> list[str]:
 # -- comparing ------------------------------------------------------------------------------------------
 
 
-def compare(
+def compare_tables(
     tables: Sequence[FrameTable],
     runs: tuple[str, str],
     wanted: Collection[str] = (),
@@ -203,7 +208,7 @@ def compare(
     seed: int = 0,
     notes: Sequence[Message] = (),
 ) -> Comparison:
-    """Everything about two tables of the same classes. wanted: scenes that get a row even if neither table has them.
+    """Compares two tables of the same classes. wanted: scenes that get a row even if neither table has them.
 
     resamples: of the bootstrap, 0 for none. Raises ValueError for different numbers of classes.
     """
@@ -212,7 +217,7 @@ def compare(
     scenes = rows_by(tables, [identities(table) for table in tables], wanted)
     (overall,) = rows_by(tables, [["Overall"] * len(table.scenes) for table in tables])
     if not any(table.protocol for table in tables):
-        text = "No table states its protocol: whether both runs were scored alike is not known."
+        text = "No table states its protocol: the runs may have been scored differently."
         notes = [*notes, Message(text)]
     return Comparison(
         runs=runs,
@@ -223,33 +228,37 @@ def compare(
         groups=list(groups),
         interval=bootstrap(scenes, resamples, seed),
         same_frames=not other_frames,
-        warnings=[*other_frames, *truth_warnings(tables), *protocol_warnings(tables, runs)],
+        warnings=[*other_frames, *ground_truth_warnings(tables), *protocol_warnings(tables, runs)],
         notes=list(notes),
     )
 
 
-def rows_by(tables: Sequence[FrameTable], keys: Sequence[Sequence[str]], wanted: Collection[str] = ()) -> list[Row]:
+def rows_by(
+    tables: Sequence[FrameTable], keys: Sequence[Sequence[str]], wanted: Collection[str] = ()
+) -> list[PairedCounts]:
     """A row per key, sorted as text. keys: one per row of each table. wanted: keys that get a row in any case."""
     counts = [group_sums(table.counts, of_table) for table, of_table in zip(tables, keys, strict=True)]
     frames = [group_sums(table.num_frames, of_table) for table, of_table in zip(tables, keys, strict=True)]
     nothing = np.zeros_like(tables[0].counts[0])
     return [
-        Row(key, np.stack([sums.get(key, nothing) for sums in counts]), tuple(int(n.get(key, 0)) for n in frames))
+        PairedCounts(
+            key, np.stack([sums.get(key, nothing) for sums in counts]), tuple(int(n.get(key, 0)) for n in frames)
+        )
         for key in sorted({*counts[0], *counts[1], *wanted})
     ]
 
 
-def bootstrap(scenes: Iterable[Row], resamples: int, seed: int) -> Interval | None:
-    """Between what the Overall difference would lie had other scenes of the kind been driven; None below two scenes.
+def bootstrap(scenes: Iterable[PairedCounts], resamples: int, seed: int) -> Interval | None:
+    """95 % paired-bootstrap interval of the Overall difference over scenes; None for fewer than two scenes.
 
-    Both runs get the same scenes in each resample, so that what is hard for both cancels.
+    Both runs get the same scenes in each resample: what is hard for both cancels.
     """
     counts = np.array([row.counts for row in scenes if row.difference == row.difference])  # (S, 2, K, K + 1)
     size = len(counts)
     if resamples < 1 or size < 2:
         return None
     times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)  # (N, S)
-    # In float64 for speed: as exact, for all sums are whole numbers below 2**53.
+    # In float64 for speed: equally exact, as all sums are whole numbers below 2**53.
     sums = (times.astype(float) @ counts.reshape(size, -1).astype(float)).reshape(resamples, *counts.shape[1:])
     miou = class_iou(torch.from_numpy(sums)).nanmean(-1).numpy()  # (N, 2)
     low, high = np.quantile((miou[:, 1] - miou[:, 0]) * 100, [0.025, 0.975])
@@ -257,7 +266,7 @@ def bootstrap(scenes: Iterable[Row], resamples: int, seed: int) -> Interval | No
 
 
 def identities(table: FrameTable) -> list[str]:
-    """The scene of every row under the name that all lists share; raises ValueError for impossible names."""
+    """The scene of every row under its canonical name; raises ValueError for impossible names."""
     known = {scene: scene_identity(scene) or "(no scene)" for scene in set(table.scenes)}
     return [known[scene] for scene in table.scenes]
 
@@ -281,10 +290,10 @@ def list_groups(tables: Sequence[FrameTable], known: set[str] | None, leaked: se
 def attribute_groups(
     tables: Sequence[FrameTable], wanted: Sequence[str] | None, of_scene: dict[str, dict[str, str]] | None
 ) -> tuple[list[Group], list[Message]]:
-    """The frames by weather and the like, and in what the tables disagree about them.
+    """The frames by weather and the like, and where the tables disagree about them.
 
-    wanted: None for those of `ATTRIBUTES` that can be had. of_scene: {scene: {attribute: value}} to be used in place of
-    the tables' columns. Raises ValueError for an attribute that is wanted and not there.
+    wanted: None for those of `ATTRIBUTES` that both have. of_scene: {scene: {attribute: value}} that
+    replaces the tables' columns. Raises ValueError for a wanted attribute that is missing.
     """
     groups, notes = [], []
     for name in ATTRIBUTES if wanted is None else wanted:
@@ -292,16 +301,16 @@ def attribute_groups(
             keys = [[of_scene.get(scene, {}).get(name) or NOT_GIVEN for scene in identities(t)] for t in tables]
         elif of_scene is None and all(name in table.attributes for table in tables):
             keys = [[value or NOT_GIVEN for value in table.attributes[name]] for table in tables]
-            notes += disagreement(tables, name, keys)
+            notes += find_disagreement(tables, name, keys)
         elif wanted is None:
             continue
         else:
-            raise ValueError(f"{name!r} is no column of both tables, nor of an --attributes file; give it there")
+            raise ValueError(f"{name!r} is a column neither of both tables nor of --attributes; add it there")
         groups.append(Group(name, rows_by(tables, keys)))
     return groups, notes
 
 
-def disagreement(tables: Sequence[FrameTable], name: str, values: Sequence[Sequence[str]]) -> list[Message]:
+def find_disagreement(tables: Sequence[FrameTable], name: str, values: Sequence[Sequence[str]]) -> list[Message]:
     """Whether the two tables put the same frames, or scenes, into different groups."""
     unit, keys = frame_keys(tables)
     first, second = (set(zip(of_keys, of_values, strict=True)) for of_keys, of_values in zip(keys, values, strict=True))

@@ -8,15 +8,15 @@ from typing import Any
 
 from ..evaluation.figures import table_line
 from ..evaluation.groups import NOT_GIVEN
-from .comparison import Comparison, Message, Row
+from .comparison import Comparison, Message, PairedCounts
 
-# How many of the worst scenes of each run are named, and how many of the largest gains.
+# Scenes named: the worst of each run, and the largest gains.
 WORST, GAINS = 3, 2
 ARROWS = {"up": "↑", "down": "↓", "": ""}
 MARKS = (
     "↑ and ↓: above or below the mean of the scenes' differences ({mean}) by more than a standard deviation ({spread})."
 )
-SCENE_MEAN = "Mean of the scenes, each counting the same: {a} and {b} ({diff})."
+SCENE_MEAN = "Mean of the scenes, all with the same weight: {a} and {b} ({diff})."
 INTERVAL = (
     "95 % interval of the Overall difference: {low} to {high} (paired bootstrap over {scenes} scenes, {resamples} "
     "resamples, seed {seed})."
@@ -64,16 +64,16 @@ CHINESE = {
     "Largest loss: {scenes}.": "最大下降：{scenes}。",
     "Worst scenes of {run}: {scenes}.": "{run} 最差的场景：{scenes}。",
     INTERVAL: "总体差异的 95 % 区间：{low} 至 {high}（{scenes} 个场景配对自助法，{resamples} 次重采样，种子 {seed}）。",
-    "Scenes left out, for they are not in {file}: {count}.": "不在 {file} 内而略去的场景：{count} 个。",
+    "Scenes left out because they are not in {file}: {count}.": "不在 {file} 内而略去的场景：{count} 个。",
     "Leaked scenes: {scenes}.": "泄漏场景：{scenes}。",
-    "No table states its protocol: whether both runs were scored alike is not known.": (
-        "两个表均未注明评测协议：无法得知两者的评测方式是否相同。"
+    "No table states its protocol: the runs may have been scored differently.": (
+        "两个表均未注明评测协议：两者的评测方式可能不同。"
     ),
     "Found in {run} only ({unit}): {count}, beginning with {first}.": "仅在 {run} 中的{unit}：{count} 个，如 {first}。",
     "Scenes with different numbers of frames: {count}, beginning with {first} ({a} and {b}).": (
         "帧数不同的场景：{count} 个，首个为 {first}（{a} 与 {b}）。"
     ),
-    "The truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels.": (
+    "The ground truth differs in {count} of {total} {unit}, most in class {name}: by {share} % of its pixels.": (
         "{total} 个{unit}中有 {count} 个的真值不同，差异最大的是类别 {name}：为其像素的 {share} %。"
     ),
     "The tables disagree on {name} ({unit}): {count}, beginning with {first}.": (
@@ -116,7 +116,7 @@ def bullets(messages: Sequence[Message], language: str) -> list[str]:
     return [f"- {say(message, language)}" for message in messages]
 
 
-def row_table(found: Comparison, title: str, rows: Sequence[Row], language: str) -> list[str]:
+def row_table(found: Comparison, title: str, rows: Sequence[PairedCounts], language: str) -> list[str]:
     """Lines of a table with a row per set of frames; scenes are marked, Overall is not."""
     marked = title == "Scene"
     titles = [title, "Frames", *(f"{run} mIoU" for run in found.runs), "Difference", *["Mark"] * marked]
@@ -133,10 +133,10 @@ def row_table(found: Comparison, title: str, rows: Sequence[Row], language: str)
 
 
 def class_table(found: Comparison, language: str) -> list[str]:
-    """Lines of the table of the classes' IoU."""
+    """Lines of the table of class IoU."""
     titles = [word("Class", language), *(f"{run} IoU" for run in found.runs), word("Difference", language)]
     lines = [table_line(titles), table_line(["---", *["---:"] * 3])]
-    for name, (before, after) in zip(found.classes, found.overall.iou.T.tolist(), strict=True):
+    for name, (before, after) in found.class_iou:
         lines.append(table_line([name, score(before), score(after), points((after - before) * 100)]))
     return lines
 
@@ -158,7 +158,7 @@ def explanations(found: Comparison) -> list[Message]:
 
 
 def key_findings(found: Comparison) -> list[Message]:
-    """What to remember of a comparison."""
+    """The main results of a comparison."""
     before, after = (f"{100 * miou:.2f}" for miou in found.overall.miou)
     values = {"before": before, "after": after, "diff": points(found.overall.difference)}
     messages = [Message("Overall mIoU: {before} % → {after} % ({diff}).", values)]
@@ -224,7 +224,7 @@ def as_json(found: Comparison) -> str:
     return json.dumps(report, indent=2, ensure_ascii=False) + "\n"
 
 
-def plain_row(found: Comparison, row: Row) -> dict[str, Any]:
+def plain_row(found: Comparison, row: PairedCounts) -> dict[str, Any]:
     """A row as JSON holds it."""
     iou = zip(found.classes, row.iou.T.tolist(), strict=True)
     return {

@@ -1,8 +1,8 @@
-"""Pictures of single frames for the report: truth, prediction and errors over the image, and what each class text sees.
+"""Images of single frames for the report: ground truth, prediction, errors, and what each class text responds to.
 
 All are data URIs, so that a page that holds them needs no other file.
 
-Letters: K classes, H, W image, h, w truth.
+Letters: K classes, H, W image, h, w ground truth.
 """
 
 import base64
@@ -23,25 +23,25 @@ from tqdm_seg.windows_tqdm import slide
 from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
 from ..data.palette import tint
-from ..evaluation.protocol import Inference, predict
+from ..evaluation.protocol import Protocol, predict
 
-WIDTH = 480  # of a picture in pixels
+WIDTH = 480  # of an image in pixels
 HEAT_WIDTH = 224  # of a score map
-# Unlike the colours of the first classes, beside which they are seen.
+# Unlike the colours of the first classes.
 _WRONG, _IGNORED = (235, 0, 110), (30, 40, 90)
 
 
-class FramePictures(NamedTuple):
+class FrameImages(NamedTuple):
     """Data URIs of one frame."""
 
     image: str
-    truth: str
+    ground_truth: str
     prediction: str
     errors: str
 
 
 class ScoreMaps(NamedTuple):
-    """Data URIs of one frame's score map of every class, and the cosines that dark and bright stand for."""
+    """Data URIs of one frame's score map of every class, and the cosines of dark and bright."""
 
     image: str
     maps: list[str]
@@ -49,31 +49,31 @@ class ScoreMaps(NamedTuple):
     high: float
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The RGB picture as the address of an <img>."""
+def data_uri(image: Image.Image) -> str:
+    """The RGB image as the address of an <img>."""
     content = io.BytesIO()
-    picture.save(content, "jpeg", quality=82, optimize=True)
+    image.save(content, "jpeg", quality=82, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(content.getvalue()).decode()}"
 
 
 def draw_frame(
-    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frame: Frame, inference: Inference
-) -> FramePictures:
-    """Image, truth, prediction and where they differ, `WIDTH` wide."""
-    truth = inference.truth_of(frame.labels)
-    ids = predict(model, processor, inference.views(frame.image, processor), truth.shape, inference)
-    truth, ids = truth.numpy(), ids.cpu().numpy()
-    height, width = truth.shape
+    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frame: Frame, protocol: Protocol
+) -> FrameImages:
+    """Image, ground truth, prediction and where they differ, `WIDTH` wide."""
+    labels = protocol.ground_truth(frame.labels)
+    ids = predict(model, processor, protocol.views(frame.image, processor), labels.shape, protocol)
+    labels, ids = labels.numpy(), ids.cpu().numpy()
+    height, width = labels.shape
     size = (WIDTH, max(round(height * WIDTH / width), 1))
     image = Image.fromarray(frame.image).resize(size, Image.Resampling.BICUBIC)
     number = model.config.num_labels
-    overlays = [tint(image, labels, number) for labels in (truth, ids)]
-    return FramePictures(*map(data_uri, [image, *overlays, error_picture(image, truth, ids)]))
+    overlays = [tint(image, shown, number) for shown in (labels, ids)]
+    return FrameImages(*map(data_uri, [image, *overlays, draw_errors(image, labels, ids)]))
 
 
-def error_picture(image: Image.Image, truth: np.ndarray, ids: np.ndarray) -> Image.Image:
-    """The image in pale grey, wrong pixels of ids (h, w) crimson, those that truth (h, w) leaves out dark blue."""
-    kind = np.where(truth == IGNORE_INDEX, 2, truth != ids).astype(np.uint8)
+def draw_errors(image: Image.Image, labels: np.ndarray, ids: np.ndarray) -> Image.Image:
+    """The image in pale grey, wrong pixels of ids (h, w) crimson, those that labels (h, w) leaves out dark blue."""
+    kind = np.where(labels == IGNORE_INDEX, 2, labels != ids).astype(np.uint8)
     kind = np.asarray(Image.fromarray(kind).resize(image.size, Image.Resampling.NEAREST))
     grey = np.asarray(image.convert("L"))[..., None].repeat(3, -1) // 2 + 110
     colours = np.array([(0, 0, 0), _WRONG, _IGNORED])[kind]
@@ -82,11 +82,11 @@ def error_picture(image: Image.Image, truth: np.ndarray, ids: np.ndarray) -> Ima
 
 
 def draw_score_maps(
-    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frame: Frame, inference: Inference
+    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frame: Frame, protocol: Protocol
 ) -> ScoreMaps:
-    """The cosine of every patch with every class text as heat pictures, `HEAT_WIDTH` wide, on one scale for all."""
-    height, width = inference.view_size(*frame.labels.shape)
-    view = Inference(inference.size).views(frame.image, processor)[0]
+    """The cosine of every patch with every class text as heat maps, `HEAT_WIDTH` wide, on one scale for all."""
+    height, width = protocol.view_size(*frame.labels.shape)
+    view = Protocol(protocol.size).views(frame.image, processor)[0]
     pixel_values = processor(
         images=view.to(model.device), do_resize=False, input_data_format="channels_first", return_tensors="pt"
     )["pixel_values"]
@@ -96,7 +96,7 @@ def draw_score_maps(
     levels = ((scores - low) / max(high - low, 1e-6) * 255).to(torch.uint8).cpu().numpy()
     heat = [cv2.cvtColor(cv2.applyColorMap(level, cv2.COLORMAP_VIRIDIS), cv2.COLOR_BGR2RGB) for level in levels]
     image = Image.fromarray(frame.image).resize(size, Image.Resampling.BICUBIC)
-    return ScoreMaps(data_uri(image), [data_uri(Image.fromarray(picture)) for picture in heat], low, high)
+    return ScoreMaps(data_uri(image), [data_uri(Image.fromarray(colours)) for colours in heat], low, high)
 
 
 @torch.inference_mode()

@@ -1,0 +1,98 @@
+"""Options of `tqdm-seg compare` and `tqdm-seg report`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from ..evaluation.options import parse_sets
+from ..program import names, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare two evaluations of the same frames: which is better, where, and how certain that is.
+
+        tqdm-seg compare A.parquet B.csv --leaked SEEN_IN_TRAINING.txt --by weather,light --markdown comparison.md
+
+    A and B are tables of pixel counts per frame, as `tqdm-seg evaluate` writes them:
+        scene         mean IoU over the classes, on the summed counts of the scene's frames; sorted by canonical name
+        Overall       the same on the counts of all frames; the mean of the scenes is stated separately
+        difference    (B - A) x 100 percentage points, of unrounded values; above 0 is better, below 0 worse
+        marks         up or down: further above or below the mean of the scenes' differences than one standard
+                      deviation (of a sample), as in the published Road3D comparison
+        N/A           a class in neither ground truth nor prediction of a run has no IoU and is left out of its mean,
+                      also where the other run predicts it (and gets 0). A scene without labelled pixels, or missing
+                      in a run, has no mIoU and counts neither as better nor as worse.
+
+    Other frames, ground truth or protocol: exit status 1. With --anyway such runs are compared all the same, and every
+    output says what differs.
+    """
+
+    first: Path = option(metavar="A", help="per-frame table (.parquet or .csv) of the baseline")
+    second: Path = option(metavar="B", help="the same of the run to compare with it")
+    scenes: Path | None = option(
+        None, group="frames and groups", metavar="FILE", help="only these scenes, one per line"
+    )
+    known: Path | None = option(
+        None, group="frames and groups", metavar="FILE", help="scenes of the training: groups known and unknown"
+    )
+    leaked: Path | None = option(
+        None, group="frames and groups", metavar="FILE", help="test scenes seen in training: groups with and without"
+    )
+    attributes: Path | None = option(
+        None, group="frames and groups", metavar="FILE",
+        help="CSV with a column `scene` and columns to group by, instead of the tables' own",
+    )  # fmt: skip
+    by: tuple[str, ...] | None = option(
+        None, type=names, nargs="?", const=(), group="frames and groups", metavar="A,B",
+        help="columns to group by; without a value none (default: weather, light and road, where there are any)",
+    )  # fmt: skip
+    bootstrap: int = option(
+        10000, metavar="N",
+        help="resamples of the scenes for the interval of the Overall difference, 0: none (default: %(default)s)",
+    )  # fmt: skip
+    seed: int = option(0, metavar="N", help="of the bootstrap (default: %(default)s)")
+    anyway: bool = option(False, help="compare in spite of other frames, ground truth or protocol, and say so")
+    language: Literal["en", "zh"] = option("en", group="output", help="of the Markdown (default: %(default)s)")
+    markdown: Path | None = option(None, group="output", metavar="FILE", help="write what is printed")
+    csv: Path | None = option(None, group="output", metavar="FILE", help="write scenes and groups, unrounded")
+    json: Path | None = option(None, group="output", metavar="FILE", help="write everything, unrounded")
+
+    def __post_init__(self):
+        if min(self.bootstrap, self.seed) < 0:
+            raise ValueError("--bootstrap and --seed must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Make one HTML page of an evaluation, for any browser, offline: figures, classes, confusion, scenes, frames.
+
+        tqdm-seg report runs/evaluation                                        figures only, without model and data
+        tqdm-seg report runs/evaluation --model MODEL --data orfd=DATA/orfd    with images of the worst and best frames
+        tqdm-seg report runs/evaluation --compare runs/other                   with another evaluation of the same sets
+
+    Images are predicted with the evaluated weights under the protocol of the evaluation.
+    """
+
+    results: Path = option(help="folder of a finished evaluation")
+    model: str | None = option(None, metavar="MODEL", help="the evaluated model, to draw images; needs --data")
+    data: tuple[str, ...] | None = option(
+        None,
+        nargs="+",
+        action="extend",
+        metavar="NAME=PATH",
+        help="an evaluated set to draw frames of; may be repeated",
+    )
+    compare: Path | None = option(None, metavar="DIR", help="folder of another evaluation, to compare with")
+    out: Path | None = option(None, metavar="FILE", help="page to write (default: report.html in RESULTS)")
+    frames: int = option(20, metavar="N", help="worst and best frames to list (default: %(default)s)")
+    images: int = option(6, metavar="N", help="worst and best frames to draw (default: %(default)s)")
+    score_maps: int = option(1, metavar="N", help="worst and best frames to draw score maps of (default: %(default)s)")
+    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", help="auto: a GPU if there is one")
+
+    def __post_init__(self):
+        parse_sets(self.data or ())
+        if bool(self.model) != bool(self.data):
+            raise ValueError("--model and --data draw images together; give both or neither")
+        if min(self.frames, self.images, self.score_maps) < 0:
+            raise ValueError("--frames, --images and --score-maps must be 0 or more")
