@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from conftest import micro_model
-from shard_helpers import orfd, prepare, save
+from shard_helpers import call, orfd, prepare, save
 
-from tqdm_seg.evaluation.evaluate import main
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -56,7 +55,7 @@ def train_on_brightness(model: TqdmForSemanticSegmentation) -> None:
 
 
 def roads(root: Path) -> Path:
-    """Five frames of two scenes; no sky in the truth, an ignored corner, one frame without any labelled pixel."""
+    """Five frames of two scenes; no sky in the ground truth, an ignored corner, one frame without labels."""
     for number, (scene, name) in enumerate([("a", "0"), ("a", "1"), ("a", "2"), ("b", "3"), ("b", "4")]):
         labels = np.zeros(SIZE, np.uint8)
         labels[10 + 4 * number :] = 1
@@ -87,4 +86,4 @@ def offroad_frames(root: Path, frames: tuple[int, int] = (40, 20)) -> Path:
 
 def run(model: Path, source: str, out: Path, *more: str) -> dict:
     """Evaluates one set in this process."""
-    return main([str(model), "--data", source, "--out", str(out), "--workers", "0", *more])
+    return call("evaluate", model, "--data", source, "--out", out, "--workers", 0, *more)

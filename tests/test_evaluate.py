@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,22 +20,21 @@ from accelerate import Accelerator
 from conftest import micro_model
 from evaluation_helpers import CLASSES, OFFROAD, SIZE, model_of, offroad_frames, prepared_folder, roads, run
 from PIL import Image
-from shard_helpers import orfd, photo, prepare, save
+from shard_helpers import call, orfd, photo, prepare, save
 
-from tqdm_seg.data.files import run as run_program
+from tqdm_seg.commands import start
 from tqdm_seg.data.frames import FrameDataset, frame_loader
 from tqdm_seg.data.shards import read_manifest
 from tqdm_seg.evaluation import evaluate as evaluate_tqdm
 from tqdm_seg.evaluation import metrics as metrics_tqdm
-from tqdm_seg.evaluation.counts import read_table
-from tqdm_seg.evaluation.evaluate import main, predict_frame, score_frames
+from tqdm_seg.evaluation.counts import Scored, read_scored, read_table, save_batch
+from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
-from tqdm_seg.evaluation.partial_counts import append_batch, new_part, read_scored
-from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Inference, model_inference, predict
-from tqdm_seg.evaluation.sets import default_split, parse_set
+from tqdm_seg.evaluation.options import parse_set
+from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Protocol, predict
+from tqdm_seg.evaluation.sets import default_split
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.reports import compare as compare_runs
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("one_thread")  # sums in one order, as torchrun has them, too
@@ -129,6 +129,7 @@ def test_all_figures_equal_a_slow_computation(model, data, finished):
     assert results["pixel_accuracy"] == pytest.approx(sum(pairs[k, k] for k in range(3)) / total, abs=1e-14)
 
 
+@pytest.mark.slow
 def test_two_classes_have_precision_recall_f_and_iou_of_the_positive_one(offroad_model, offroad, finished_offroad):
     positive = json.loads((finished_offroad / "results.json").read_text())["sets"]["orfd"]["positive_class"]
     pairs = sum(slow_counts(offroad_model, offroad).values(), Counter())
@@ -185,7 +186,7 @@ def test_the_training_program_gets_the_same_figures(model, data, finished):
     }
 
 
-def test_a_set_without_any_truth_has_no_figures_and_says_so(model, tmp_path, capsys):
+def test_a_set_without_any_label_has_no_figures_and_says_so(model, tmp_path, capsys):
     photo(tmp_path / "images" / "val" / "0.png", *SIZE)
     save(tmp_path / "masks" / "val" / "0.png", np.full(SIZE, 255))
     results = run(model, f"void={prepared_folder(tmp_path, 'void')}", tmp_path / "out")["sets"]["void"]
@@ -210,16 +211,14 @@ def test_counting_for_a_gpu_equals_counting_for_a_processor(monkeypatch):
 # -- protocols ------------------------------------------------------------------------------------------
 
 OPTIONS = {
-    "--whole": {"mode", "window", "stride"},
+    "--window 0": {"mode", "window", "stride"},
     "--window 24": {"window", "stride"},
     "--stride 16": {"stride"},
-    "--box 32 36": {"image_size", "resize"},
+    "--size 32x36": {"image_size", "resize"},
     "--aug-test": {"test_time_augmentation"},
-    "--offnet": {"truth"},
+    "--offnet": {"ground_truth"},
     "--precision bf16": {"precision"},
-    "--precision fast-float32": {"precision"},
-    "--precision fast-bfloat16": {"precision"},
-    "--full-res": set(),
+    "--precision int8": {"precision"},
     "--window-batch 2": set(),
 }
 
@@ -231,19 +230,18 @@ def test_every_option_that_changes_figures_is_in_the_protocol(model, data, finis
     before, after = (read_table(out / "roads.parquet").protocol for out in (finished, tmp_path / "out"))
     changed = {name for name in before if before[name] != after[name]}
     assert before.keys() == after.keys() and changed == OPTIONS[option]
-    for name in changed & {"test_time_augmentation", "truth", "precision", "resize"}:
+    for name in changed & {"test_time_augmentation", "ground_truth", "precision", "resize"}:
         assert str(after[name]) in printed
     if changed:  # such runs are not to be compared
-        assert compare_runs.main([str(out / "roads.parquet") for out in (finished, tmp_path / "out")]) == 2
-        assert f"The protocols differ in {sorted(changed)[0]}" in capsys.readouterr().err
+        assert start("compare", [str(out / "roads.parquet") for out in (finished, tmp_path / "out")]) == 1
+        assert f"differ in {sorted(changed)[0]}" in capsys.readouterr().err
 
 
 def test_boxes_belong_to_a_set_the_run_or_the_published_protocol(model, data, tmp_path, monkeypatch):
     monkeypatch.setitem(PUBLISHED_BOXES, "roads", (32, 40))
     sources = [f"plain={data}", f"own={data}@36x30"]
-    found = main(
-        [str(model), "--data", *sources, "--protocol", "published", "--out", str(tmp_path / "a"), "--workers", "0"]
-    )
+    more = ("--protocol", "published", "--out", tmp_path / "a", "--workers", 0)
+    found = call("evaluate", model, "--data", *sources, *more)
     sizes = {name: list(results["protocol"]["image_size"]) for name, results in found["sets"].items()}
     assert sizes == {"plain": ["32x38"], "own": ["30x36"]}
     assert found["sets"]["plain"]["protocol"]["resize"] == "fitted into 32x40, either way round, keeping the shape"
@@ -270,8 +268,8 @@ def test_the_published_boxes_are_those_of_the_datasets_names():
 def test_augmented_test_is_the_mean_over_scales_and_mirror_images_by_hand(model, data):
     net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
     frame = FrameDataset(str(data), "validation")[0]
-    inference = Inference(scales=(0.5, 1.25), flip=True, softmax_views=True)
-    assert inference.view_sizes(40, 48) == [(20, 24), (50, 60)]
+    protocol = Protocol(scales=(0.5, 1.25), flip=True, softmax_views=True)
+    assert protocol.view_sizes(40, 48) == [(20, 24), (50, 60)]
     total = 0
     for side in (20, 50):
         resized = processor(
@@ -283,19 +281,19 @@ def test_augmented_test_is_the_mean_over_scales_and_mirror_images_by_hand(model,
                 scores = net(flipped).logits
             scores = torch.nn.functional.interpolate(scores, SIZE, mode="bilinear").softmax(1)
             total = total + (scores if flipped is resized else scores.flip(-1))
-    found = predict(net, processor, inference.views(frame.image, processor), SIZE, inference)
+    found = predict(net, processor, protocol.views(frame.image, processor), SIZE, protocol)
     assert torch.equal(found.long(), total[0].argmax(0))
 
 
-def test_offnet_truth_is_a_quarter_of_its_input_and_changes_counts_but_not_predictions():
+def test_offnet_ground_truth_is_a_quarter_of_its_input_and_changes_counts_but_not_predictions():
     labels = np.zeros((720, 1280), np.uint8)
     labels[301:, 77:] = 1
-    truth = Inference(truth="offnet").truth_of(labels).numpy()
+    truth = Protocol(offnet=True).ground_truth(labels).numpy()
     rows, columns = np.arange(720) * 176 // 720, np.arange(1280) * 320 // 1280
     small = labels[np.arange(176) * 720 // 176][:, np.arange(320) * 1280 // 320]
     assert np.array_equal(truth, small[rows][:, columns]) and truth.sum() != labels.sum()
     assert cv2.resize(labels, (320, 176), interpolation=cv2.INTER_NEAREST).shape == (176, 320)
-    assert np.array_equal(Inference().truth_of(labels).numpy(), labels)
+    assert np.array_equal(Protocol().ground_truth(labels).numpy(), labels)
 
 
 def test_predict_frame_is_what_the_readme_shows(model, data):
@@ -305,50 +303,53 @@ def test_predict_frame_is_what_the_readme_shows(model, data):
         outputs = net(**processor(images=Image.fromarray(frame.image), return_tensors="pt"))
     ids, size = predict_frame(net, processor, frame)
     assert size == SIZE and ids.dtype == torch.int64 and torch.equal(ids, outputs.logits[0].argmax(0))
-    assert model_inference(TqdmImageProcessor(do_resize=True, size={"height": 8, "width": 9})).view_size(5, 5) == (8, 9)
+    assert Protocol.of(TqdmImageProcessor(do_resize=True, size={"height": 8, "width": 9})).view_size(5, 5) == (8, 9)
 
 
 # -- several processes, kills ---------------------------------------------------------------------------
 
 
 def command(model: Path, source: str, out: Path, *more: str) -> list[str]:
-    return [str(ROOT / "evaluate_tqdm.py"), str(model), "--data", source, "--out", str(out), *more]
+    return ["-m", "tqdm_seg.evaluation.evaluate", str(model), "--data", source, "--out", str(out), *more]
 
 
 def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow
 def test_two_processes_count_every_frame_once_and_write_the_same_files(
     offroad_model, offroad, finished_offroad, tmp_path
 ):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = command(offroad_model, f"orfd={offroad}", tmp_path / "out", "--save-every", "7", "--workers", "1")
+    arguments = command(
+        offroad_model, f"orfd={offroad}", tmp_path / "out", "--save-every-frames", "7", "--workers", "1"
+    )
     done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("## orfd: mIoU") == 1
     assert files(tmp_path / "out") == files(finished_offroad)
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_goes_on_from_the_frames_it_has(
     offroad_model, offroad, finished_offroad, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    part = out / "parts" / "orfd" / "0001-0000.counts"
-    arguments = command(offroad_model, f"orfd={offroad}", out, "--save-every", "1", "--workers", "0")
+    parts = out / "parts" / "orfd"
+    arguments = command(offroad_model, f"orfd={offroad}", out, "--save-every-frames", "1", "--workers", "0")
     with subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (part.exists() and part.stat().st_size > 200):
+        while process.poll() is None and len(list(parts.glob("*.npz"))) < 3:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
-    done = read_scored(part.parent, 60, 2).rows
+    done = read_scored(parts, 60, 2).rows
     assert 0 < len(done) < 60
-    with part.open("ab") as file:
-        file.write(part.read_bytes()[:50])  # as if killed while it wrote
+    (parts / ".1.00000059.npz").write_bytes(b"PK")  # as if killed while it wrote
 
     scored, original = [], evaluate_tqdm.frame_counts
     monkeypatch.setattr(evaluate_tqdm, "frame_counts", lambda *a: scored.append(a[2].row) or original(*a))
-    run(offroad_model, f"orfd={offroad}", out, "--save-every", "5")
+    run(offroad_model, f"orfd={offroad}", out, "--save-every-frames", "5")
     assert sorted([*scored, *done.tolist()]) == list(range(60))
     assert files(out) == files(finished_offroad)
 
@@ -388,29 +389,23 @@ def test_another_evaluation_in_the_folder_is_not_mixed_with(model, data, finishe
     assert files(finished) == before
 
 
-def test_parts_are_read_up_to_the_first_batch_that_is_not_whole(tmp_path):
+def test_batches_of_any_process_are_read_in_the_order_of_the_frames(tmp_path):
     counts = np.arange(4 * 6).reshape(4, 2, 3)
-    append_batch(new_part(tmp_path, 1), np.array([3, 1]), counts[[3, 1]])
-    append_batch(tmp_path / "0001-0001.counts", np.array([0]), counts[[0]])
-    content = (tmp_path / "0001-0001.counts").read_bytes()
-    assert new_part(tmp_path, 0).name == "0002-0000.counts"
+    assert len(read_scored(tmp_path / "none", 4, 2).rows) == 0
+    for rows in ([3, 1], [0]):
+        save_batch(tmp_path, Scored(np.array(rows), counts[rows]))
     found = read_scored(tmp_path, 4, 2)
     assert found.rows.tolist() == [0, 1, 3] and np.array_equal(found.counts, counts[[0, 1, 3]])
-    for end in (len(content) - 1, len(content) - 56, len(content) - 63):
-        (tmp_path / "0001-0001.counts").write_bytes(content[:end])
-        assert read_scored(tmp_path, 4, 2).rows.tolist() == [1, 3]
-    (tmp_path / "0001-0001.counts").write_bytes(content[:20] + b"?" + content[21:])
-    assert len(read_scored(tmp_path, 4, 2).rows) == 0
-    append_batch(new_part(tmp_path, 0), np.array([2, 2]), counts[[2, 2]])
-    with pytest.raises(ValueError, match="frame 2 was scored 2 times"):
+    with pytest.raises(ValueError, match="delete it"):
+        read_scored(tmp_path, 3, 2)  # another set
+    save_batch(tmp_path, Scored(np.array([2, 1]), counts[[2, 1]]))
+    with pytest.raises(ValueError, match="two programs wrote"):
         read_scored(tmp_path, 4, 2)
-    with pytest.raises(ValueError, match="holds frame 2 of a set of 2"):
-        read_scored(tmp_path, 2, 2)
 
 
-def test_truth_that_is_not_that_of_the_index_stops_the_evaluation(model, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(Inference, "truth_of", lambda self, labels: torch.zeros(SIZE, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"the truth of val/a/0.png in .* has other pixels than its index counts"):
+def test_labels_that_are_not_those_of_the_index_stops_the_evaluation(model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Protocol, "ground_truth", lambda self, labels: torch.zeros(SIZE, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"labels of val/a/0.png in .* tqdm-seg check"):
         run(model, f"roads={data}", tmp_path / "out")
 
 
@@ -418,7 +413,7 @@ def test_truth_that_is_not_that_of_the_index_stops_the_evaluation(model, data, t
 
 
 def test_several_sets_have_their_mean_and_the_protocol_beside_every_figure(model, data, tmp_path, capsys):
-    found = main([str(model), "--data", f"one={data}", f"two={data}@32x36", "--out", str(tmp_path), "--workers", "0"])
+    found = call("evaluate", model, "--data", f"one={data}", f"two={data}@32x36", "--out", tmp_path, "--workers", 0)
     one, two = (found["sets"][name] for name in ("one", "two"))
     assert found["mean"]["miou"] == (one["miou"] + two["miou"]) / 2 and found["mean"]["sets"] == ["one", "two"]
     assert found == json.loads((tmp_path / "results.json").read_text())
@@ -435,7 +430,7 @@ def test_several_sets_have_their_mean_and_the_protocol_beside_every_figure(model
     [
         ("a=x", ("a", "x", None, None)),
         ("a=x:test", ("a", "x", "test", None)),
-        ("a-1.b=x/y:test@2048x1024", ("a-1.b", "x/y", "test", (1024, 2048))),
+        ("a-1.b=x/y:test@1024x2048", ("a-1.b", "x/y", "test", (1024, 2048))),
         ("a=hf://datasets/o/n@main", ("a", "hf://datasets/o/n@main", None, None)),
         ("a=s3://b/c:train@8x9", ("a", "s3://b/c", "train", (8, 9))),
     ],
@@ -454,34 +449,40 @@ def test_the_default_split_is_validation_or_else_test(data, tmp_path):
         default_split(str(tmp_path / "rout"))
 
 
-def test_bad_input_is_named_before_anything_is_done(model, offroad_model, data, offroad, tmp_path):
-    def refused(message: str, *arguments: str, error: type = ValueError) -> None:
-        with pytest.raises(error, match=message):
-            main([*map(str, arguments), "--out", str(tmp_path / "out")])
+def test_bad_input_is_named_before_anything_is_done(model, offroad_model, data, offroad, tmp_path, capsys):
+    out = tmp_path / "out"
 
-    nowhere = tmp_path / "nowhere"
-    refused("there is no model folder", nowhere, "--data", f"a={data}", error=FileNotFoundError)
-    refused("holds no config.json", tmp_path, "--data", f"a={data}", error=FileNotFoundError)
-    refused("holds no manifest.json", model, "--data", f"a={nowhere}", error=FileNotFoundError)
-    refused("names no dataset; give NAME=PATH", model, "--data", str(data))
-    refused("names no dataset; give NAME=PATH", model, "--data", f"../a={data}")
-    refused("has no split 'dev', only validation", model, "--data", f"a={data}:dev")
-    refused("2 sets are called a", model, "--data", f"a={data}", f"A={data}")
-    refused("box of 0x9 pixels is empty", model, "--data", f"a={data}@0x9")
-    refused("class 0 is non-traversable to the model but road in the dataset", offroad_model, "--data", f"a={data}")
-    refused("has the classes non-traversable", model, "--data", f"a={data}", f"b={offroad}")
-    refused("would leave gaps", model, "--data", f"a={data}", "--stride", "64")
-    refused("give that file, too", model, "--data", f"a={data}", "--by", "weather")
+    def refused(message: str, *arguments: object, status: int = 1) -> None:
+        try:
+            found = start("evaluate", [*map(str, arguments), "--out", str(out)])
+        except SystemExit as error:
+            found = error.code
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert found == status and len(lines) == 1 and re.search(message, lines[0]), lines
+
+    nowhere, set_a = tmp_path / "nowhere", ("--data", f"a={data}")
+    refused("nowhere", nowhere, *set_a)
+    refused("config.json", tmp_path, *set_a)
+    refused("manifest.json", model, "--data", f"a={nowhere}")
+    refused("split 'dev'.*validation", model, "--data", f"a={data}:dev")
+    refused("class 0 is non-traversable to the model but road in the dataset", offroad_model, *set_a)
+    refused("non-traversable", model, *set_a, "--data", f"b={offroad}")
+    refused("gaps", model, *set_a, "--stride", "64")
+    for wrong in (("--data", data), ("--data", f"../a={data}"), (*set_a, f"A={data}"), set_a + ("--by", "weather")):
+        refused("--by|--data|2 sets", model, *wrong, status=2)
+    for name, value in (("size", "0x9"), ("workers", "-1"), ("save-every-frames", "0"), ("precision", "float32")):
+        refused(name, model, *set_a, f"--{name}", value, status=2)
     (tmp_path / "scenes.csv").write_text("scene,weather\nelsewhere,rain\n")
-    refused("nothing to group by for any scene", model, "--data", f"a={data}", "--attributes", tmp_path / "scenes.csv")
-    more = ("--attributes", tmp_path / "scenes.csv", "--by")
-    refused("an attribute cannot be called 'scene'", model, "--data", f"a={data}", *more, "scene")
-    refused("have no column 'light', only scene, weather", model, "--data", f"a={data}", *more, "light")
+    grouped = (model, *set_a, "--attributes", tmp_path / "scenes.csv")
+    refused("group by", *grouped)
+    refused("'scene'", *grouped, "--by", "scene")
+    refused("'light'.*weather", *grouped, "--by", "light")
+    refused("none.csv", model, *set_a, "--attributes", tmp_path / "none.csv")
     broken = model_of(tmp_path / "broken", CLASSES, train=False)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "segformer"}))
-    refused("holds a model of type segformer, not tqdm", broken, "--data", f"a={data}")
-    assert not (tmp_path / "out").exists()
+    refused("segformer", broken, *set_a)
+    assert not out.exists()
 
 
 def test_classes_in_another_order_are_refused(data, tmp_path):
@@ -500,15 +501,7 @@ def test_label_maps_of_one_kind_are_not_mixed(offroad_model, offroad, tmp_path):
     prepare("orfd", tmp_path / "raw", tmp_path / "other", "--unreachable", "ignored")
     assert read_manifest(tmp_path / "other")["label_map"]["name"] == "orfd/ignored"
     with pytest.raises(ValueError, match="prepared under the label maps orfd/merged and orfd/ignored"):
-        main([str(offroad_model), "--data", f"a={offroad}", f"b={tmp_path / 'other'}", "--out", str(tmp_path / "out")])
-
-
-def test_bad_input_ends_the_program_with_one_line(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", command(tmp_path / "nowhere", f"a={data}", tmp_path / "out"))
-    with pytest.raises(SystemExit) as ended:
-        run_program(main)
-    message = ended.value.code  # a text is printed, and the status is 1
-    assert message.startswith("evaluate_tqdm.py: error: there is no model folder") and "\n" not in message
+        call("evaluate", offroad_model, "--data", f"a={offroad}", f"b={tmp_path / 'other'}", "--out", tmp_path / "out")
 
 
 def test_missing_weights_are_not_made_up(model, data, tmp_path):

@@ -100,7 +100,7 @@ def test_two_processes_give_the_scores_of_one(load):
 @pytest.mark.parametrize(
     ("maps", "message"),
     [
-        (([[[0, 3]]], [[[0, 1]]]), "prediction holds the value 3"),
+        (([[[0, 3]]], [[[0, 1]]]), "prediction: value 3"),
         (([[[0, 1]]], [[[0, 1, 1]]]), "differ in size"),
         (([[[0, 1]]], []), "one of each per image"),
         ((None, [[[0, 1]]]), "one of each per image"),
@@ -191,14 +191,14 @@ def test_the_matrix_counts_pairs_of_any_ids(monkeypatch, ignored, num_classes):
 def test_a_strange_id_is_found_wherever_it_stands(monkeypatch, dtype):
     monkeypatch.setattr(metrics_tqdm, "CHUNK", 64)
     for where in (0, 57, 99):
-        maps = {name: torch.zeros(100, dtype=dtype) for name in ("prediction", "truth")}
+        maps = {name: torch.zeros(100, dtype=dtype) for name in ("prediction", "labels")}
         for name in maps:
             spoiled = {**maps, name: maps[name].clone()}
             spoiled[name][where] = 200
             if name == "prediction":
-                spoiled["truth"] = torch.full((100,), 255, dtype=dtype)  # also on pixels that do not count
-            with pytest.raises(ValueError, match=f"{name} holds the value 200"):
-                confusion_matrix(spoiled["prediction"], spoiled["truth"], 19)
+                spoiled["labels"] = torch.full((100,), 255, dtype=dtype)  # also on pixels that do not count
+            with pytest.raises(ValueError, match=f"{name}: value 200"):
+                confusion_matrix(spoiled["prediction"], spoiled["labels"], 19)
 
 
 def test_the_maps_are_left_as_they_were():

@@ -94,9 +94,9 @@ def test_counts_beyond_float32_stay_exact():
     ("prediction", "truth", "message"),
     [
         ([0, 1], [0, 1, 1], "differ in size"),
-        ([0, 7], [0, 1], "prediction holds the value 7"),
-        ([0, 1], [0, 2], "truth holds the value 2"),
-        ([0, -1], [0, 1], "prediction holds the value -1"),
+        ([0, 7], [0, 1], "prediction: value 7"),
+        ([0, 1], [0, 2], "labels: value 2"),
+        ([0, -1], [0, 1], "prediction: value -1"),
     ],
 )
 def test_impossible_maps_are_refused(prediction, truth, message):

@@ -302,7 +302,7 @@ def test_every_section_says_what_was_done(measured):
     assert all(f"| {name} | {100 * iou:.2f} |" in text for name, iou in results["iou"].items())
     assert f"| **mean** | **{100 * results['miou']:.2f}** |" in text
     protocol = results["protocol"]
-    for stamp in ("2 held-back frames; images 224x224, whole", "test-time augmentation: none", "float32"):
+    for stamp in ("2 held-back frames; images 224x224, whole", "test-time augmentation: none", "fp32"):
         assert stamp in text
     assert protocol["interpolation"] in text and protocol["labels"]["policy"] in text and protocol["pooling"] in text
     assert f"split `train`, {len(training)} frames" in text and f"split `validation`, {len(validation)} frames" in text

@@ -13,20 +13,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import micro_model
-from evaluation_helpers import CLASSES, SIZE, model_of, roads
+from evaluation_helpers import CLASSES, SIZE, model_of, offroad_frames, roads
 from PIL import Image
+from shard_helpers import call
 
+from tqdm_seg.commands import start
 from tqdm_seg.data.frames import Frame
-from tqdm_seg.evaluation import evaluate as evaluate_tqdm
-from tqdm_seg.evaluation.counts import FrameTable, read_table
-from tqdm_seg.evaluation.figures import percent
-from tqdm_seg.evaluation.protocol import Inference
+from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
+from tqdm_seg.evaluation.figures import percent, set_results
+from tqdm_seg.evaluation.protocol import Protocol
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.reports import report
-from tqdm_seg.reports.html import bar, number, sortable, word
+from tqdm_seg.reports.images import draw_errors, draw_score_maps, text_scores
 from tqdm_seg.reports.page import histogram
-from tqdm_seg.reports.pictures import draw_score_maps, error_picture, text_scores
-from tqdm_seg.reports.report import ranked_frames, worst_and_best
+from tqdm_seg.reports.report import pick_worst_and_best, rank_frames
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.usefixtures("one_thread")  # several wait for each other on images this small
@@ -42,16 +41,16 @@ def world(tmp_path_factory) -> Path:
     (root / "scenes.csv").write_text("scene,weather\na,snow & ice\nb,rain\n")
     for out, more in (("first", ()), ("second", ("--stride", "16"))):
         sets = [f"roads={root / 'raw' / 'roads'}", f"small={root / 'raw' / 'roads'}@32x36"]
-        fixed = [str(root / "model"), "--data", *sets, "--out", str(root / out), "--workers", "0"]
-        evaluate_tqdm.main([*fixed, "--attributes", str(root / "scenes.csv"), *more])
+        fixed = (root / "model", "--data", *sets, "--out", root / out, "--workers", 0)
+        call("evaluate", *fixed, "--attributes", root / "scenes.csv", *more)
     return root
 
 
 @pytest.fixture(scope="module")
 def page(world) -> Path:
     """The report with everything that it can hold."""
-    drawn = ["--model", str(world / "model"), "--data", f"roads={world / 'raw' / 'roads'}", "--pictures", "1"]
-    return report.main([str(world / "first"), *drawn, "--compare", str(world / "second")])
+    drawn = ("--model", world / "model", "--data", f"roads={world / 'raw' / 'roads'}", "--images", 1)
+    return call("report", world / "first", *drawn, "--compare", world / "second")
 
 
 class Outline(HTMLParser):
@@ -129,7 +128,7 @@ def test_every_figure_and_its_protocol_are_on_the_page(page, world):
             assert f"{scene['name']} {scene['frames']} {100 * scene['miou']:.2f}" in shown
         road = found["matrix"][0]
         assert f"road {' '.join(f'{100 * pixels / sum(road):.1f}' for pixels in road[:3])}" in shown
-    assert "5 frames; images 40x48, windows of 32 every 20 pixels, test-time augmentation: none, float32" in shown
+    assert "5 frames; images 40x48, windows of 32 every 20 pixels, test-time augmentation: none, fp32" in shown
     assert "sliding windows of 32 pixels, one every 20" in shown and "255 is ignored" in shown
     assert "snow & ice" in shown and "snow &amp; ice" in page.read_text()
     title = f"{sum(results['sets']['roads']['matrix'][0][1:2]):,} pixels of road predicted as traffic light"
@@ -152,10 +151,10 @@ def test_both_runs_stand_side_by_side_with_what_speaks_against_it(page, world):
 
 def test_worst_and_best_frames_are_drawn_with_their_score_maps(page, world):
     outline = Outline(page.read_text(encoding="utf-8"))
-    ranked = ranked_frames(read_table(world / "first" / "roads.parquet"))
-    assert len(ranked) == 4 and ranked == sorted(ranked, key=lambda frame: frame.miou)  # one has no truth
+    ranked = rank_frames(read_table(world / "first" / "roads.parquet"))
+    assert len(ranked) == 4 and ranked == sorted(ranked, key=lambda frame: frame.miou)  # one has no ground truth
     descriptions = [image["alt"] for image in outline.all("img")]
-    per_frame = [4, 1 + len(CLASSES)]  # image, truth, prediction, errors; image and a map per class
+    per_frame = [4, 1 + len(CLASSES)]  # image, ground truth, prediction, errors; image and a map per class
     assert len(descriptions) == 2 * sum(per_frame)
     for frame in (ranked[0], ranked[-1]):
         score = f"mIoU {100 * frame.miou:.2f} %"
@@ -166,21 +165,34 @@ def test_worst_and_best_frames_are_drawn_with_their_score_maps(page, world):
         assert picture.size in ((480, 400), (224, 187))
 
 
-def test_names_cannot_break_the_page():
-    table = sortable("<b>", ['"x"', "y"], [[word("<script>alert(1)</script>"), bar(0.5)], [word("&amp;"), bar(None)]])
-    outline = Outline(table)
-    assert not outline.all("script") and ("button", '"x"') in outline.texts
-    assert ("th", "<script>alert(1)</script>") in outline.texts and ("th", "&amp;") in outline.texts
-    assert [cell["data-v"] for cell in outline.all("td")] == ["0.5", ""]
-    assert number(float("nan")).value is None and number(1234).content == "1,234"
+def test_names_cannot_break_the_page(tmp_path):
+    """Names of classes, scenes, attributes, frames, runs and label maps come from users."""
+    evil, out = "<script>alert(1)</script>", tmp_path / '"><b>run'
+    counts = np.arange(1, 13).reshape(2, 2, 3)
+    labels = {"name": evil, "policy": evil, "classes": {0: evil, 1: "&amp;"}, "ignored": 255}
+    protocol = {
+        "frames": 2, "image_size": {"1x9": 2}, "resize": evil, "mode": "whole", "window": None, "stride": None,
+        "test_time_augmentation": "none", "interpolation": "", "ground_truth": "at its own size",
+        "ground_truth_size": {"1x9": 2}, "pooling": "", "precision": "fp32", "labels": labels,
+        "data": {"dataset": evil, "split": "test"},
+    }  # fmt: skip
+    table = FrameTable([f"{evil}0", "1"], [f"{evil}a", "b"], {"weather": [evil, ""]}, counts, [evil, "&amp;"], protocol)
+    model = {"path": evil, "commit": None, "version": evil, "sha256": {evil: "0"}}
+    out.mkdir()
+    write_table(out / "set.parquet", table)
+    (out / "results.json").write_text(json.dumps({"model": model, "sets": {"set": set_results(table)}}))
+    outline = Outline(call("report", out, "--compare", out).read_text(encoding="utf-8"))
+    assert len(outline.all("script")) == 1 and not outline.all("b")
+    texts = [data for _, data in outline.texts]
+    assert texts.count(evil) >= 5 and "&amp;" in texts and f"{evil}a" in texts and f"{evil}0" in texts
 
 
 # -- pieces ---------------------------------------------------------------------------------------------
 
 
-def test_errors_are_marked_where_truth_and_prediction_differ():
-    truth, ids = np.array([[0, 1], [255, 1]], np.uint8), np.array([[0, 0], [1, 1]], np.uint8)
-    drawn = np.asarray(error_picture(Image.new("RGB", (4, 4), (90, 120, 60)), truth, ids)).astype(int)
+def test_errors_are_marked_where_labels_and_prediction_differ():
+    labels, ids = np.array([[0, 1], [255, 1]], np.uint8), np.array([[0, 0], [1, 1]], np.uint8)
+    drawn = np.asarray(draw_errors(Image.new("RGB", (4, 4), (90, 120, 60)), labels, ids)).astype(int)
     right, wrong, ignored = drawn[0, 0], drawn[0, 3], drawn[3, 0]
     assert np.ptp(right) == 0 and (drawn[3, 3] == right).all()
     assert wrong[0] > wrong[1] + 100 and ignored[2] > ignored[0] + 20
@@ -203,7 +215,7 @@ def test_score_maps_are_those_of_the_model_and_average_over_windows():
             hits[y : y + 32, x : x + 32] += 1
     torch.testing.assert_close(text_scores(model, pixels), total / hits, atol=1e-5, rtol=1e-5)
     frame = Frame("a", "", np.zeros((*SIZE, 3), np.uint8), np.zeros(SIZE, np.uint8))
-    drawn = draw_score_maps(model, processor, frame, Inference())
+    drawn = draw_score_maps(model, processor, frame, Protocol())
     assert len(drawn.maps) == 3 and -1 <= drawn.low <= drawn.high <= 1
 
 
@@ -219,32 +231,37 @@ def test_no_frame_is_among_the_worst_and_the_best():
         (1, 3, ("f0", "")),
         (2, 0, ("", "")),
     ):
-        worst, best = worst_and_best(ranked_frames(table(rows)), wanted)
+        worst, best = pick_worst_and_best(rank_frames(table(rows)), wanted)
         assert (" ".join(f.name for f in worst), " ".join(f.name for f in best)) == expected
 
 
 def test_the_histogram_counts_every_frame():
-    outline = Outline(histogram([0.0, 0.04, 0.05, 0.5, 1.0]))
-    titles = [text for tag, text in outline.texts if tag == "title"]
-    assert titles[0] == "2 frames from 0 to 5 %" and titles[1] == "1 frames from 5 to 10 %"
-    assert titles[-1] == "1 frames from 95 to 100 %" and sum(int(title.split()[0]) for title in titles) == 5
+    chart = histogram([0.0, 0.04, 0.05, 0.5, 1.0])
+    assert chart["counts"][:2] == [2, 1] and chart["counts"][-1] == 1 and sum(chart["counts"]) == 5
+    assert len(chart["counts"]) == 20 and chart["tallest"] == 2
 
 
-def test_other_models_and_data_are_not_drawn(world, tmp_path):
-    results, source = str(world / "first"), f"roads={world / 'raw' / 'roads'}"
+def test_other_models_and_data_are_not_drawn(world, tmp_path, capsys):
+    def refused(message: str, *arguments: object, status: int = 1) -> None:
+        try:
+            found = start("report", list(map(str, arguments)))
+        except SystemExit as error:
+            found = error.code
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert found == status and len(lines) == 1 and re.search(message, lines[0]), lines
+
+    results, source = world / "first", f"roads={world / 'raw' / 'roads'}"
     model_of(tmp_path / "other", CLASSES, train=False)
-    with pytest.raises(ValueError, match="is not the model that was evaluated"):
-        report.main([results, "--model", str(tmp_path / "other"), "--data", source])
-    roads(tmp_path / "raw2")
-    with pytest.raises(ValueError, match="no such set, only roads, small"):
-        report.main([results, "--model", str(world / "model"), "--data", f"other={world / 'raw' / 'roads'}"])
-    manifest = world / "raw" / "roads" / "manifest.json"
-    saved = manifest.read_text()
-    assert json.loads(saved)["index_sha256"] in (world / "first" / "results.json").read_text()
-    with pytest.raises(ValueError, match="give both or neither"):
-        report.main([results, "--data", source])
-    with pytest.raises(FileNotFoundError, match="holds no results.json; let evaluate_tqdm.py finish"):
-        report.main([str(tmp_path)])
+    refused("evaluated model", results, "--model", tmp_path / "other", "--data", source)
+    refused("only roads, small", results, "--model", world / "model", "--data", f"other={world / 'raw' / 'roads'}")
+    orfd = offroad_frames(tmp_path / "orfd", (1, 1))
+    refused("other frames", results, "--model", world / "model", "--data", f"roads={orfd}")
+    refused("both or neither", results, "--data", source, status=2)
+    refused("--frames", results, "--frames", "-1", status=2)
+    refused("nowhere.*tqdm-seg evaluate", tmp_path / "nowhere")
+    refused("results.json.*tqdm-seg evaluate", tmp_path)
+    (tmp_path / "results.json").write_text('{"miou": 0.5}')  # as a training leaves it
+    refused("training.*tqdm-seg evaluate", tmp_path)
 
 
 # -- in a browser ---------------------------------------------------------------------------------------
@@ -278,6 +295,7 @@ addEventListener("load", () => {
 </script>"""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here (apt-get install chromium)")
 @pytest.mark.parametrize("width", [1280, 500])
 def test_a_browser_shows_every_picture_sorts_every_table_and_reports_no_error(page, tmp_path, width):

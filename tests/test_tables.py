@@ -141,8 +141,8 @@ BAD_TABLES = {
     "missing scene column": (FILE1_HEADER.replace(",scene", "") + "a,1,2,3,4,s,r,d\n", "no column scene"),
     "no count columns": ("frame,scene\na,x\n", "no columns of counts"),
     "missing frame column": ("scene,0-0,0-1,1-0,1-1\nx,1,2,3,4\n", "first column must name the frame"),
-    "column twice": ("frame,scene,0-0,0-0\na,x,1,2\n", "'0-0' stands there 2 times"),
-    "prediction without truth": ("frame,scene,0-0,0-1\na,x,1,2\n", "'0-1' predicts a class that has no truth"),
+    "column twice": ("frame,scene,0-0,0-0\na,x,1,2\n", "'0-0' is listed 2 times"),
+    "prediction without truth": ("frame,scene,0-0,0-1\na,x,1,2\n", "'0-1' predicts a class that has no ground"),
     "negative": (FILE1_HEADER + GOOD + "b,1,2,-3,4,s,r,d,x\n", "row 2, column '1-0': -3"),
     "fraction": (FILE1_HEADER + GOOD + "b,1,2.5,3,4,s,r,d,x\n", "row 2, column '0-1': 2.5"),
     "NaN": (FILE1_HEADER + GOOD + "b,nan,2,3,4,s,r,d,x\n", "row 2, column '0-0': a missing value"),
@@ -151,7 +151,7 @@ BAD_TABLES = {
     "a word": (FILE1_HEADER + GOOD + "b,1,2,3,many,s,r,d,x\n", "row 2, column '1-1': 'many'"),
     "true": (FILE1_HEADER + "b,1,2,3,true,s,r,d,x\n", "row 1, column '1-1': True"),
     "too large": (FILE1_HEADER + "b,1,2,3,99999999999999999999,s,r,d,x\n", "row 1, column '1-1': 1e"),
-    "duplicate frame": (FILE1_HEADER + GOOD + "b,1,2,3,4,s,r,d,x\n" + GOOD, "'a' stands in rows 1 and 3"),
+    "duplicate frame": (FILE1_HEADER + GOOD + "b,1,2,3,4,s,r,d,x\n" + GOOD, "'a' is in rows 1 and 3"),
     "nameless frame": (FILE1_HEADER + GOOD + ",1,2,3,4,s,r,d,x\n", "row 2 has no name"),
     "frame without scene": (FILE1_HEADER + GOOD + "b,1,2,3,4,s,r,d,\n", "row 2 has no scene"),
     "row too short": (FILE1_HEADER + GOOD + "b,1,2,3,4,s,r,d\n", "Row #3.*as many fields in every row"),
@@ -205,7 +205,7 @@ BAD_PARQUETS = {
     "no scene": (parquet(list_array(range(4), 2)).drop_columns(["scene"]), "no column scene"),
     "lists of any length": (parquet(pa.array([[1, 2], [3, 4]])), "not a list of K x"),
     "fractions": (parquet(list_array([1.0, 2, 3, 4], 2, pa.float64())), "not a list of K x"),
-    "null": (parquet(list_array([1, None, 3, 4], 2)), "empty places"),
+    "null": (parquet(list_array([1, None, 3, 4], 2)), "empty cells"),
     "no square": (parquet(list_array(range(10), 5)), "K x .K . 1. for no K"),
     "negative": (parquet(list_array([1, 2, 3, -4], 2)), "row 2, column '0-none' is negative"),
     "scene null": (parquet(list_array(range(4), 2)).set_column(1, "scene", [["x", None]]), "row 2 has no scene"),
@@ -251,11 +251,11 @@ def test_a_failed_write_leaves_the_old_table_and_never_a_foreign_protocol(tmp_pa
         return write
 
     for name in ("t.parquet", "t.csv"):
-        monkeypatch.setattr(tables_tqdm, "write_whole", fail_at(name))
+        monkeypatch.setattr(tables_tqdm, "write_file", fail_at(name))
         with pytest.raises(OSError, match="disk full"):
             write_table(tmp_path / name, new)
         assert np.array_equal(read_table(tmp_path / name).counts, old.counts)
-    monkeypatch.setattr(tables_tqdm, "write_whole", fail_at("t.csv.json"))
+    monkeypatch.setattr(tables_tqdm, "write_file", fail_at("t.csv.json"))
     with pytest.raises(OSError, match="disk full"):
         write_table(tmp_path / "t.csv", new)
     found = read_table(tmp_path / "t.csv")

@@ -254,7 +254,7 @@ def test_model_folder_loads_as_remote_code_and_scores_as_reported(finished, data
 def test_report_names_result_protocol_and_data(finished, data):
     out, results = finished
     protocol = results["protocol"]
-    assert protocol["frames"] == 3 and protocol["image_size"] == protocol["truth_size"] == {"40x40": 3}
+    assert protocol["frames"] == 3 and protocol["image_size"] == protocol["ground_truth_size"] == {"40x40": 3}
     # The micro model's windows are smaller than these images.
     assert (protocol["mode"], protocol["window"], protocol["stride"]) == ("slide", 32, 20)
     assert protocol["labels"]["classes"] == dict(enumerate(CLASSES)) and protocol["labels"]["name"] == "orfd/merged"

@@ -13,7 +13,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 
 from ..data.frames import FrameDataset
 from ..data.scenes import scene_identity
-from ..data.shards import read_manifest, refuse_mixed_labels
+from ..data.shards import check_same_labels, read_manifest
 from .counts import FrameTable
 from .groups import ATTRIBUTES
 from .options import SetSource
@@ -85,7 +85,7 @@ def open_sets(
         if chosen is not None:
             size = dict(zip(("shortest_edge", "longest_edge"), sorted(chosen), strict=True))
         sets.append(EvaluationSet(source.name, frames, replace(protocol, size=size)))
-    refuse_mixed_labels([chosen.frames.index.manifest for chosen in sets])
+    check_same_labels([chosen.frames.index.manifest for chosen in sets])
     return sets
 
 

@@ -50,7 +50,7 @@ def model_card(
         best_step=best_step,
         protocol=protocol,
         protocol_text=short_protocol(protocol),
-        truth_sizes=sizes_text(protocol["truth_size"]),
+        ground_truth_sizes=sizes_text(protocol["ground_truth_size"]),
         label_map=code(protocol["labels"]["name"]),
         label_policy=plain(protocol["labels"]["policy"]),
         training=_part_text(training, data),
