@@ -18,7 +18,7 @@ from shard_helpers import prepare as prepare_dataset
 from tqdm_seg.commands import COMMANDS, named
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.evaluation.groups import read_attributes
-from tqdm_seg.evaluation.sets import parse_set
+from tqdm_seg.evaluation.options import parse_set
 from tqdm_seg.layers_tqdm import TqdmBaseModel
 from tqdm_seg.program import parse
 from tqdm_seg.training.options import TrainOptions

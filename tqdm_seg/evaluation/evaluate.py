@@ -35,7 +35,7 @@ from ..data.files import write_file
 from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
 from ..deploy.folder import identity, load_model, model_folder
-from ..deploy.predict import set_windows
+from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict, use_huge_pages
 from ..program import takes
 from .counts import FrameTable, Scored, read_scored, read_table, save_batch, write_table
@@ -161,14 +161,6 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
         raise ValueError(f"{out} holds another evaluation ({words}); choose another --out, or delete it")
 
 
-def open_accelerator(device: str) -> Accelerator:
-    """This process among all of them, on the device; raises ValueError for a device that this machine lacks."""
-    accelerator = Accelerator(cpu=device == "cpu" or not torch.accelerator.is_available())
-    if device not in ("auto", accelerator.device.type):
-        raise ValueError(f"--device {device}: this machine has {accelerator.device.type} only; choose that or auto")
-    return accelerator
-
-
 # -- the program: doing it ------------------------------------------------------------------------------
 
 
@@ -259,7 +251,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluates, prints and writes; returns what results.json holds, {} in other processes than the first."""
     use_huge_pages()
     logging.disable_progress_bar()  # of loaded files: it would break the bar of the frames
-    accelerator = open_accelerator(options.device)
+    choose_device(options.device)  # raises ValueError if torch has none
+    accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     main_process, out, parts = accelerator.is_main_process, options.out, options.out / "parts"
     try:
         evaluation = open_evaluation(options)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from ..deploy.options import MODEL, Device, Precision
 from ..program import names, option, size
 
 _SET = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+?)(?:@([1-9]\d*)x([1-9]\d*))?")
@@ -64,7 +65,7 @@ class EvaluateOptions:
     from MODEL runs. The model computes on its fast path, which differs from the plain one by rounding only.
     """
 
-    model: str = option(help="model folder, or name of a repository on the Hugging Face Hub")
+    model: str = option(help=MODEL)
     data: tuple[str, ...] = option(
         flag=True, nargs="+", action="extend", metavar="NAME=PATH:SPLIT",
         help="prepared dataset (folder or URL) and the name of its results; repeat it for more sets. Without SPLIT: "
@@ -98,7 +99,7 @@ class EvaluateOptions:
     offnet: bool = option(
         False, group="protocol", help="shrink the ground truth to 176x320 and enlarge it again, as OFF-Net scores"
     )
-    precision: Literal["fp32", "tf32", "bf16", "fp16", "int8"] = option(
+    precision: Precision = option(
         "fp32", group="protocol",
         help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao (default: %(default)s)",
     )  # fmt: skip
@@ -110,9 +111,7 @@ class EvaluateOptions:
         None, type=names, group="groups", metavar="A,B", help="its columns to use (default: weather, light, road)"
     )
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = option(
-        "auto", group="computing", help="auto: a GPU if there is one (default: %(default)s)"
-    )
+    device: Device = option("auto", group="computing", help="auto: a GPU if there is one (default: %(default)s)")
     workers: int = option(2, group="computing", metavar="N", help="loader processes per process (default: %(default)s)")
     save_every_frames: int = option(
         32, group="computing", metavar="N", help="frames that a kill costs at most (default: %(default)s)"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ..deploy.options import Device
 from ..evaluation.options import parse_sets
 from ..program import names, option
 
@@ -88,7 +89,7 @@ class ReportOptions:
     frames: int = option(20, metavar="N", help="worst and best frames to list (default: %(default)s)")
     images: int = option(6, metavar="N", help="worst and best frames to draw (default: %(default)s)")
     score_maps: int = option(1, metavar="N", help="worst and best frames to draw score maps of (default: %(default)s)")
-    device: Literal["auto", "cpu", "cuda", "mps"] = option("auto", help="auto: a GPU if there is one")
+    device: Device = option("auto", help="auto: a GPU if there is one")
 
     def __post_init__(self):
         parse_sets(self.data or ())

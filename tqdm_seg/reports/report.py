@@ -26,10 +26,9 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from ..data.files import write_file
 from ..data.frames import FrameDataset
 from ..deploy.folder import identity, load_model, model_folder
-from ..deploy.predict import set_windows
+from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict
 from ..evaluation.counts import FrameTable, read_table
-from ..evaluation.evaluate import open_accelerator
 from ..evaluation.metrics import class_iou
 from ..evaluation.options import SetSource, parse_sets
 from ..evaluation.protocol import Protocol
@@ -89,7 +88,7 @@ def open_frames(source: SetSource, results: dict[str, Any]) -> FrameDataset:
 
 
 def open_model(
-    name: str, results: dict[str, Any], device: torch.device
+    name: str, results: dict[str, Any], device: str
 ) -> tuple[TqdmForSemanticSegmentation, TqdmImageProcessor]:
     """The evaluated model, ready to predict as it was; raises ValueError if this one has other weights."""
     folder = model_folder(name)
@@ -158,7 +157,7 @@ def report(options: ReportOptions) -> Path:
         worst, best = pick_worst_and_best(ranked, options.frames)
         parts.append(SetReport(name, found, ranked, worst, best, comparison=compared.get(name)))
     if options.model:
-        model, processor = open_model(options.model, results, open_accelerator(options.device).device)
+        model, processor = open_model(options.model, results, choose_device(options.device))
         for part in parts:
             if part.name in datasets:
                 draw(part, datasets[part.name], model, processor, options)
