@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmVisionConfig
-from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block, kept
+from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block
 
 
 class SwiGlu(nn.Module):
@@ -31,7 +31,7 @@ class SwiGlu(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training drops a sample's branch with probability `rate`, rescaling the others."""
+    """Stochastic depth: in training drops a sample's branch with probability `rate` and rescales the others."""
 
     def __init__(self, rate: float):
         super().__init__()
@@ -41,12 +41,12 @@ class DropPath(nn.Module):
         """branch (B, ...) -> (B, ...)."""
         if not self.training or self.rate == 0:
             return branch
-        kept = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
-        return branch * kept.to(branch.dtype) / (1 - self.rate)
+        keep = torch.rand(branch.shape[0], *[1] * (branch.dim() - 1), device=branch.device) >= self.rate
+        return branch * keep.to(branch.dtype) / (1 - self.rate)
 
 
 class VisionBlock(GradientCheckpointingLayer):
-    """Pre-norm transformer block of either tower."""
+    """Pre-norm transformer block of both towers: self-attention, feed-forward."""
 
     def __init__(self, config: TqdmVisionConfig, drop_path_rate: float):
         super().__init__()
@@ -66,7 +66,7 @@ class VisionBlock(GradientCheckpointingLayer):
         self.drop_path = DropPath(drop_path_rate)
 
     def initialise(self) -> None:
-        """CLIP's scaled normal start; published settings load pre-trained weights instead."""
+        """CLIP's scaled normal initialisation; published settings load pre-trained weights instead."""
         initialise_clip_block(self, self.norm1.normalized_shape[0], self.depth)
 
     def forward(self, tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -96,7 +96,7 @@ class FeaturePyramid(nn.Module):
 
 
 def resize_positions(table: Tensor, h: int, w: int, tower: str) -> Tensor:
-    """Position table (1 + g g, D) of a square grid -> (1 + h w, D), bicubic for EVA02 as published; class row kept."""
+    """Position table (1 + g g, D) of a square grid -> (1 + h w, D), bicubic for EVA02 as published; row 0 stays."""
     grid = math.isqrt(len(table) - 1)
     patches = table[1:].T.unflatten(1, (grid, grid))[None].float()  # (1, D, g, g)
     mode = "bicubic" if tower == "eva02" else "bilinear"
@@ -104,13 +104,12 @@ def resize_positions(table: Tensor, h: int, w: int, tower: str) -> Tensor:
     return torch.cat((table[:1], patches.to(table.dtype)))
 
 
-@kept
 def rotary_positions(
     h: int, w: int, head_size: int, grid: int, theta: float, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """cos and sin (N, head size) of EVA02's 2-D rotary positions: first half by row, second half by column.
 
-    Positions run over 0 ... grid whatever the size of the map, so that any input size looks like pre-training's.
+    Positions run over 0 ... grid at any size of the map, the range of the pre-training.
     """
     half = head_size // 2
     frequencies = float(theta) ** -(torch.arange(0, half, 2, device=device).float() / half)  # (half / 2)
@@ -127,6 +126,7 @@ class TqdmVisionModel(TqdmBaseModel):
 
     config: TqdmVisionConfig
     _supports_flash_attn = True
+    rotary_positions = staticmethod(rotary_positions)
 
     def __init__(self, config: TqdmVisionConfig):
         super().__init__(config)
@@ -147,24 +147,24 @@ class TqdmVisionModel(TqdmBaseModel):
         self.post_init()
 
     def initialise(self) -> None:
-        """CLIP's start of what is not in a block; published settings load pre-trained weights instead."""
+        """CLIP's initialisation of what is in no block; published settings load pre-trained weights instead."""
         std = self.config.hidden_size**-0.5
         for weight in (self.class_embedding, self.position_embedding, self.projection.weight):
             init.normal_(weight, std=std)
 
     def get_input_embeddings(self) -> nn.Module:
-        """The patch convolution, where gradient checkpointing and adapters take hold."""
+        """The patch convolution, to which gradient checkpointing and adapters attach."""
         return self.patch_embed
 
     def padded_size(self, height: int, width: int) -> tuple[int, int]:
-        """Size in pixels of what the predictions of a (height, width) image cover, see `patch_remainder`."""
+        """Height and width that the predictions of a (height, width) image cover, see `patch_remainder`."""
         if self.config.patch_remainder == "stretch":
             return height, width
         patch = self.config.patch_size
         return -(-height // patch) * patch, -(-width // patch) * patch
 
     def positions(self, h: int, w: int) -> Tensor:
-        """Position table for a patch grid (h, w): (1 + N, D), resized as the published code does (EVA02: bicubic)."""
+        """Position embedding (1 + N, D) of a patch grid (h, w), see `resize_positions`."""
         if (h, w) == (self.grid, self.grid):
             return self.position_embedding
         return resize_positions(self.position_embedding, h, w, self.config.tower)
@@ -173,12 +173,12 @@ class TqdmVisionModel(TqdmBaseModel):
         """EVA02's rotary positions of a patch grid, see `rotary_positions`."""
         config = self.config
         size = config.hidden_size // config.num_attention_heads
-        return rotary_positions(h, w, size, config.rope_grid, config.rope_theta, self.position_embedding.device)
+        return self.rotary_positions(h, w, size, config.rope_grid, config.rope_theta, self.position_embedding.device)
 
     def forward(self, pixel_values: Tensor, with_pyramid: bool = True) -> tuple[list[Tensor], Tensor]:
         """pixel_values (B, 3, H, W) -> four maps, fine to coarse, and tokens (B, 1 + N, E), the image's token first.
 
-        with_pyramid=False returns no maps (the frozen reference tower needs none).
+        with_pyramid=False returns no maps: the teacher needs none.
         Raises ValueError for an image under two patches a side.
         """
         height, width = pixel_values.shape[-2:]

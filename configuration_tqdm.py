@@ -1,7 +1,7 @@
-"""Configuration of tqdm: every architecture number, once, validated, and the published presets.
+"""Configuration of tqdm: every architecture number, validated, and the published presets.
 
-The class list is data. `id2label` alone decides how many queries there are and what they say; the CLIP token ids of the
-names are kept beside it (`token_ids`), so that a saved model needs neither network nor tokeniser to be loaded.
+The class list is data: `id2label` defines the textual queries. `token_ids` stores the CLIP token ids of the names, so
+that a saved model loads without tokeniser and network.
 """
 
 from typing import Any, ClassVar, Literal
@@ -33,7 +33,7 @@ class TqdmVisionConfig(PreTrainedConfig):
     """One vision tower and its four-level feature pyramid. The defaults are CLIP ViT-B/16 at 512.
 
     tower: "clip" (learned positions, one feed-forward activation) or "eva02" (2-D rotary positions, SwiGLU, sub-LN).
-    image_size: side in pixels that the position table was made for; other sizes are interpolated.
+    image_size: image side in pixels of the position table, which is interpolated for other sizes.
     hidden_act: activation of the CLIP tower, as in its pre-training: "quick_gelu" (OpenAI) or "gelu" (LAION).
     feature_layers: 0-based blocks tapped for the pyramid, fine to coarse.
     projection_dim: width E of the image-text space, the same as in the text tower.
@@ -58,16 +58,16 @@ class TqdmVisionConfig(PreTrainedConfig):
     # Side of the token grid of EVA02's pre-training; rotary positions of any grid are rescaled to it.
     rope_grid: int = 16
     rope_theta: float | int = 10000
-    # OpenAI CLIP adds the class embedding to token 0 once; the published code adds it twice, and every published
-    # checkpoint was trained so. False restores CLIP's own behaviour.
+    # The published code adds the class embedding to token 0 twice, and published checkpoints are trained that way.
+    # False: once, as in OpenAI's CLIP.
     class_embedding_twice: bool = True
-    # What happens to the last rows and columns of an image that is no multiple of the patch size. "pad": zeros are
-    # added and cut off again, so every pixel is seen in its place. "stretch", the published behaviour: the rest is
-    # dropped and the prediction stretched over the whole image (for patch 14 at 512: 504 pixels over 512).
+    # For images whose sides are no multiples of the patch size. "pad": zeros are added, and cut off the prediction.
+    # "stretch", the published behaviour: the last rows and columns are dropped and the prediction is stretched over the
+    # whole image (for patch 14 at 512: 504 pixels over 512).
     patch_remainder: Literal["pad", "stretch"] = "pad"
 
     def validate_architecture(self):
-        """Raises ValueError, naming the field and the fix, for numbers that do not fit together."""
+        """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -121,7 +121,7 @@ class TqdmTextConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 49407
 
     def validate_architecture(self):
-        """Raises ValueError, naming the field and the fix, for numbers that do not fit together."""
+        """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -139,9 +139,9 @@ class TqdmTextConfig(PreTrainedConfig):
 class TqdmConfig(PreTrainedConfig):
     """The whole model. `TqdmConfig()` is CLIP ViT-B/16 at 512 with the 19 Cityscapes classes.
 
-    id2label: class names by id, 0 ... K-1. They are the queries: to have other classes, edit this map.
-    token_ids: CLIP token ids by text, filled in for new names (see `resolve_token_ids`).
-    frozen_texts: class names of a model without text tower, set by its `freeze_text()`.
+    id2label: class names by id, 0 ... K-1. They are the queries: edit this map to change the classes.
+    token_ids: CLIP token ids by text; `resolve_token_ids` adds those of new names.
+    frozen_texts: class names of a model without text tower, set by `freeze_text()`.
     Presets: `TqdmConfig.from_preset("clip_vit_b16" | "eva02_clip_l14" | "eva02_clip_b16" | "tiny")`.
     """
 
@@ -166,10 +166,9 @@ class TqdmConfig(PreTrainedConfig):
     pixel_decoder_layers: int = 6
     pixel_decoder_heads: int = 8
     pixel_decoder_points: int = 4
-    # The published configuration file says 1024, "reduced from 2048"; a legacy argument of its builder restores 2048.
+    # The published configuration file says 1024, but a legacy argument of its builder restores 2048.
     pixel_decoder_ffn_dim: int = 2048
-    # What the paper's ablations take away: text-to-pixel attention, and class texts as queries ("random": learned
-    # vectors that start at random).
+    # Ablations of the paper: without text-to-pixel attention; learned vectors instead of class texts as queries.
     text_to_pixel_attention: bool = True
     queries: Literal["textual", "random"] = "textual"
     mask_decoder_layers: int = 9
@@ -185,8 +184,7 @@ class TqdmConfig(PreTrainedConfig):
     visual_loss_weight: float | int = 1.0
     score_map_loss_weight: float | int = 1.0
     score_map_temperature: float = 0.07
-    # Mean of the score-map loss over the labelled pixels, or over all of them as published (where ignored pixels
-    # lower the loss). The published presets set "all".
+    # Pixels that the score-map loss averages over. "all", in the published presets: ignored pixels lower the loss.
     score_map_loss_over: Literal["labelled", "all"] = "labelled"
     num_points: int = 12544
     oversample_ratio: float | int = 3.0
@@ -194,14 +192,14 @@ class TqdmConfig(PreTrainedConfig):
     reference_prompt: str = REFERENCE_PROMPT
 
     # Sliding-window inference: side and stride in pixels, windows per forward pass. window_size None: whole image.
-    # window_batch_size None: 8, but on a CPU 1, where larger batches only leave its caches.
+    # window_batch_size None: 8, but 1 on a CPU, whose caches larger batches exceed.
     window_size: int | None = 512
     window_stride: int = 341
     window_batch_size: int | None = None
 
     def __post_init__(self, **kwargs):
         """Builds the sub-configurations and the class list, and looks up the token ids of the class names."""
-        # Written out instead of `sub_configs_defaults`, which transformers 5.10 does not have.
+        # transformers 5.10 has no `sub_configs_defaults`, which does this.
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
@@ -209,12 +207,16 @@ class TqdmConfig(PreTrainedConfig):
         if self.id2label is None:
             if kwargs.get("num_labels") not in (None, len(CITYSCAPES_CLASSES)):
                 raise ValueError(
-                    "class names are the queries of this model, so a number of classes is not enough; pass "
+                    "the queries of this model are class names, so a number of classes is not enough; pass "
                     'id2label={0: "first class", 1: "second class", ...} instead of num_labels'
                 )
             self.id2label = dict(enumerate(CITYSCAPES_CLASSES))
         super().__post_init__(**kwargs)
         self.set_classes(self.id2label)
+
+    def exceeds_window(self, height: int, width: int) -> bool:
+        """True for images that inference slides windows over."""
+        return self.window_size is not None and max(height, width) > self.window_size
 
     @property
     def class_names(self) -> list[str]:
@@ -227,14 +229,14 @@ class TqdmConfig(PreTrainedConfig):
         return [self.reference_prompt.replace("{class}", name) for name in self.class_names]
 
     def set_classes(self, id2label: dict[int, str]) -> None:
-        """Another class list, with its token ids. Raises ValueError unless it maps 0 ... K-1 to distinct names."""
+        """Changes the class list and its token ids. Raises ValueError unless it maps 0 ... K-1 to distinct names."""
         id2label = {int(index): name for index, name in id2label.items()}
         if sorted(id2label) != list(range(len(id2label))) or not id2label:
             raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {sorted(id2label)}")
         names = list(id2label.values())
         doubled = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
         if doubled:
-            raise ValueError(f"class names must be distinct and not empty, for each is a query; look at {doubled}")
+            raise ValueError(f"class names must be distinct and not empty; rename {doubled}")
         self.id2label = dict(sorted(id2label.items()))
         self.label2id = {name: index for index, name in self.id2label.items()}
         self.resolve_token_ids()
@@ -242,10 +244,10 @@ class TqdmConfig(PreTrainedConfig):
     def resolve_token_ids(self) -> None:
         """Makes `token_ids` hold exactly the texts that the class list and the reference prompt need.
 
-        Known texts keep their ids. New ones are encoded with the CLIP vocabulary of the installed `open_clip_torch`
-        package; nothing is downloaded. Raises ImportError when a name is new and that package is missing.
+        Known texts keep their ids; open_clip's tokeniser encodes new ones, without a download. Raises ImportError for
+        new names without the `open_clip_torch` package.
         """
-        prompt = [part.strip() for part in self.reference_prompt.split("{class}")]  # one side of it may be empty
+        prompt = [part.strip() for part in self.reference_prompt.split("{class}")]
         needed = [text for text in dict.fromkeys([*self.class_names, *prompt]) if text]
         known = _KNOWN_TOKEN_IDS | (self.token_ids or {})
         new = [text for text in needed if text not in known]
@@ -261,7 +263,7 @@ class TqdmConfig(PreTrainedConfig):
         return [self.text_config.bos_token_id, *ids, self.text_config.eos_token_id]
 
     def validate_architecture(self):
-        """Raises ValueError, naming the field and the fix, for numbers that do not fit together."""
+        """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
         for width, heads in (
             ("hidden_size", "pixel_decoder_heads"),
             ("hidden_size", "mask_decoder_heads"),
@@ -297,9 +299,9 @@ class TqdmConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TqdmConfig":
-        """The named preset, with fields of this class replaced by `overrides` (sub-configurations: dicts, merged)."""
+        """The named preset; `overrides` replace its fields (dicts for sub-configurations are merged)."""
         if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(sorted(PRESETS))}")
+            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
         fields = {**PRESETS[name], **overrides}
         for key in cls.sub_configs:
             value = overrides.get(key)
@@ -309,31 +311,19 @@ class TqdmConfig(PreTrainedConfig):
 
 
 def _encode(texts: list[str]) -> list[list[int]]:
-    """CLIP byte-pair ids of texts, without start and end token, from the vocabulary file inside open_clip's package."""
-    import gzip
-    import importlib.util
-    from pathlib import Path
-
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    package = importlib.util.find_spec("open_clip")
-    if package is None:
+    """CLIP byte-pair ids of texts, without start and end token."""
+    try:
+        from open_clip.tokenizer import SimpleTokenizer  # here, for importing it takes seconds
+    except ImportError as error:
         raise ImportError(
-            f"the token ids of {texts} are not stored in this configuration, and the CLIP vocabulary that makes them "
-            "comes with open_clip: pip install open_clip_torch (once; a saved model keeps the ids)"
-        )
-    with gzip.open(Path(package.origin).with_name("bpe_simple_vocab_16e6.txt.gz"), "rt", encoding="utf-8") as file:
-        # The first line is a header; CLIP uses as many merges as fill its 49408 entries.
-        merges = [tuple(line.split()) for line in file.read().split("\n")[1 : 49408 - 2 * 256 - 2 + 1]]
-    letters = list(bytes_to_unicode().values())
-    entries = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
-    vocab = {entry: index for index, entry in enumerate([*entries, "<|startoftext|>", "<|endoftext|>"])}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges)
-    return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+            f"this configuration has no token ids for {texts}, and the CLIP tokeniser that makes them is missing: "
+            "pip install open_clip_torch (once; a saved model keeps the ids)"
+        ) from error
+    tokenizer = SimpleTokenizer()
+    return [tokenizer.encode(text) for text in texts]
 
 
-# What differs from the defaults of the classes above, nothing else.
+# Differences from the defaults of the classes above.
 _PUBLISHED = {"score_map_loss_over": "all"}
 _EVA02_TEXT = {"hidden_act": "gelu", "num_prompt_tokens": 8}
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,53 +1,37 @@
-"""What towers and decoders share: attention behind transformers' interface, feed-forward, base class."""
+"""Layers of towers and decoders: multi-head attention through transformers' interface, feed-forward, base class.
+
+Letters: B batch, Q queries, N keys, C width, K classes.
+"""
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache, wraps
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 
-def kept(make: Callable) -> Callable:
-    """Decorator: what `make` computes from sizes and a device alone is kept for its last few arguments.
-
-    The tensors must not be changed in place. While a graph is traced, and under modes that put tensors without values
-    in the place of others, nothing is kept.
-    """
-    # Outside of inference mode, whose tensors could not be used in training afterwards.
-    remembered = lru_cache(maxsize=6)(torch.inference_mode(False)(torch.no_grad()(make)))
-
-    @wraps(make)
-    def look_up(*args: Any) -> Any:
-        untrue = torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-        return make(*args) if untrue else remembered(*args)
-
-    return look_up
-
-
-def filled(values: Sequence[float], device: torch.device) -> Tensor:
-    """values as a float32 vector that is filled on the device: a copy to a GPU would make the host wait for it."""
+def make_vector(values: Sequence[float], device: torch.device) -> Tensor:
+    """values as a float32 vector, written on the device: the host would have to wait for a copy to a GPU."""
     return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
-def resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """maps (B, C, h, w) at another size, bilinear."""
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of maps (B, C, h, w)."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
 
 
 class TqdmBaseModel(PreTrainedModel):
-    """What the towers and the whole model share: initialisation rules and loading traits.
+    """Base class of the towers and of the whole model: weight initialisation, and what they support in transformers.
 
-    Modules with rules of their own carry an `initialise()` that uses `transformers.initialization`, whose functions
-    leave loaded weights alone. Everything else starts as torch's constructors leave it, as in the published code.
+    A module with its own rule has an `initialise()` that uses `transformers.initialization`, whose functions skip
+    loaded weights. All other weights get torch's default initialisation, as in the published code.
     """
 
     main_input_name = "pixel_values"
@@ -58,8 +42,8 @@ class TqdmBaseModel(PreTrainedModel):
     _no_split_modules = ["VisionBlock", "TextBlock", "PixelDecoderLayer", "MaskDecoderLayer"]
 
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
-        # transformers skips remote-code modules without parameters of their own, so rules such as the grid of the
-        # deformable attention would silently never run; every function of `init` is safe on loaded weights.
+        # transformers skips remote-code modules that hold no parameters themselves, such as the deformable attention,
+        # whose rule would silently never run. Every function of `init` is safe on loaded weights.
         if not getattr(module, "_is_hf_initialized", False):
             self._init_weights(module)
             module._is_hf_initialized = True
@@ -94,7 +78,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The written-out attention, in the signature of transformers' attention functions."""
+    """Attention in plain operations, with the signature of transformers' attention functions."""
     scores = query @ key.transpose(-1, -2) * scaling  # (B, heads, Q, N)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -134,22 +118,14 @@ AttentionInterface.register("xformers", xformers_attention_forward)
 
 
 def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions on adjacent pairs; tokens (B, heads, 1 + N, d), cos and sin (N, d). Token 0 stays."""
+    """Rotary position embedding of adjacent pairs; tokens (B, heads, 1 + N, d), cos and sin (N, d); not of token 0."""
     patches = tokens[:, :, 1:]
-    turned = torch.stack((-patches[..., 1::2], patches[..., 0::2]), -1).flatten(-2)  # (B, heads, N, d)
-    return torch.cat((tokens[:, :, :1], (patches * cos + turned * sin).to(tokens.dtype)), 2)
-
-
-def softmax_over_few(scores: Tensor) -> Tensor:
-    """Softmax over a short last dimension, in float32; on CPUs torch's own takes five times as long for a dozen."""
-    if scores.device.type != "cpu" or torch.is_grad_enabled():
-        return scores.softmax(-1, dtype=torch.float32)
-    shares = scores.float().sub(scores.amax(-1, keepdim=True)).exp_()
-    return shares.div_(shares.sum(-1, keepdim=True))
+    swapped = torch.stack((-patches[..., 1::2], patches[..., 0::2]), -1).flatten(-2)  # (B, heads, N, d)
+    return torch.cat((tokens[:, :, :1], (patches * cos + swapped * sin).to(tokens.dtype)), 2)
 
 
 class TqdmAttention(nn.Module):
-    """Multi-head attention with separate projections, through the attention function that the configuration names."""
+    """Multi-head attention with separate projections; the configuration names the attention function."""
 
     # Read by the sdpa and flash functions of transformers, which otherwise assume a causal mask.
     is_causal = False
@@ -174,9 +150,9 @@ class TqdmAttention(nn.Module):
         self.out_proj = nn.Linear(hidden_size, hidden_size)
 
     def initialise(self) -> None:
-        """Xavier over the stacked (3 C, C) projection, zero biases: the start of `nn.MultiheadAttention`."""
+        """As `nn.MultiheadAttention`: Xavier over the stacked (3 C, C) projection, zero biases."""
         for projection in (self.q_proj, self.k_proj, self.v_proj):
-            init.xavier_uniform_(projection.weight, gain=2**-0.5)  # the bound of (3 C, C), reached from (C, C)
+            init.xavier_uniform_(projection.weight, gain=2**-0.5)  # the bound of (3 C, C) for (C, C)
             if projection.bias is not None:
                 init.zeros_(projection.bias)
         init.zeros_(self.out_proj.bias)
@@ -200,27 +176,6 @@ class TqdmAttention(nn.Module):
         output, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0)
         return self.out_proj(self.inner_norm(output.flatten(2)))
 
-    def looking_at(self, keys: Tensor, values: Tensor, fold: bool = False) -> Callable[[Tensor], Tensor]:
-        """`forward` for many queries, in pieces, and the same keys and values (B, N, C): (B, Q, C) -> (B, Q, C).
-
-        fold: the projections of queries and outputs are multiplied with keys and values beforehand. What is left are
-        two products with heads N columns instead of two with C and the attention, which is less if N is small.
-        """
-        if not fold:
-            return lambda queries: self(queries, keys, values)
-        heads = (self.num_heads, -1)
-        keys = self.k_proj(keys).unflatten(-1, heads).transpose(1, 2) * self.scaling  # (B, heads, N, C / heads)
-        values = self.v_proj(values).unflatten(-1, heads).transpose(1, 2)
-        asked = (keys @ self.q_proj.weight.unflatten(0, heads)).flatten(1, 2)  # (B, heads N, C)
-        shift = (keys @ self.q_proj.bias.unflatten(0, heads)[..., None]).flatten(1)[:, None]  # (B, 1, heads N)
-        told = (values @ self.out_proj.weight.unflatten(1, heads).permute(1, 2, 0)).flatten(1, 2)  # (B, heads N, C)
-
-        def look(queries: Tensor) -> Tensor:
-            scores = torch.baddbmm(shift, queries, asked.transpose(1, 2)).unflatten(-1, heads)  # (B, Q, heads, N)
-            return torch.baddbmm(self.out_proj.bias, softmax_over_few(scores).flatten(2).to(queries.dtype), told)
-
-        return look
-
 
 class FeedForward(nn.Module):
     """Linear, activation, linear; with dropout after each where a rate is given."""
@@ -243,7 +198,7 @@ def additive_mask(blocked: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def initialise_clip_block(block: nn.Module, width: int, num_layers: int) -> None:
-    """CLIP's scaled normal start of one pre-norm block with `attention` (and `ffn`, if it is a `FeedForward`)."""
+    """CLIP's scaled normal initialisation of a pre-norm block's `attention` (and `ffn`, if it is a `FeedForward`)."""
     out_std = (2 * width * num_layers) ** -0.5
     scales = {block.attention.out_proj: out_std}
     scales |= {p: width**-0.5 for p in (block.attention.q_proj, block.attention.k_proj, block.attention.v_proj)}

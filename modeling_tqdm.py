@@ -25,8 +25,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .backbone_tqdm import TqdmVisionModel
 from .configuration_tqdm import TqdmConfig
 from .decoder_tqdm import MaskDecoder, PixelDecoder
-from .fusion_tqdm import PatchExpansion, expansion_of, fold_activation, head_with_pixels
-from .layers_tqdm import FeedForward, TqdmBaseModel, filled, resized
+from .layers_tqdm import TqdmBaseModel, make_vector, resize
 from .loss_tqdm import (
     LossCounts,
     check_labels,
@@ -45,7 +44,7 @@ from .loss_tqdm import (
 from .text_tqdm import TextualQueries
 from .windows_tqdm import Segmenter
 
-# Lets `pipeline("image-segmentation")` know the class, so that it does not report it as unsupported.
+# Registers the class with `pipeline("image-segmentation")`, which otherwise reports it as unsupported.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanticSegmentation")
 
 
@@ -112,9 +111,9 @@ class TqdmModel(TqdmPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, encoded_text: Tensor | None = None, all_layers: bool = True
     ) -> TqdmModelOutput:
-        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a stored `text_queries.encode()`, or none.
+        """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a cached `text_queries.encode()`, or none.
 
-        all_layers=False: only the last layer's predictions, which is what inference needs and takes less time.
+        all_layers=False: only the last layer's predictions, which are all that inference needs.
         """
         features, tokens = self.vision_tower(pixel_values)  # 4 x (B, D, h, w), (B, 1 + N, E)
         text = self.text_queries(tokens, encoded_text)  # (B, K, E)
@@ -139,7 +138,7 @@ def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
 
 
 def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn.Parameter:
-    """A parameter of rows: those of `values` with these numbers, and those of `fresh` where the number is None."""
+    """A parameter of these rows of `values`, and of the same row of `fresh` where the number is None."""
     parts = [fresh[new] if old is None else values[old] for new, old in enumerate(rows)]
     return nn.Parameter(torch.stack([part.to(values.device, values.dtype) for part in parts]))
 
@@ -147,13 +146,13 @@ def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn
 class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
     """tqdm with its losses, per-pixel scores and sliding-window inference."""
 
-    # Several losses are normalised by counts of their own, so a caller has to average over accumulated batches itself.
+    # Losses are divided by different counts, so Trainer has to average over accumulated batches.
     accepts_loss_kwargs = False
 
     def __init__(self, config: TqdmConfig):
         super().__init__(config)
         self.model = TqdmModel(config)
-        self.fused = False
+        self.is_fast = False
         self.post_init()
 
     @can_return_tuple
@@ -172,9 +171,9 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         """Predict, and with labels compute the losses.
 
         pixel_values (B, 3, H, W): normalised images. labels (B, H, W): class ids, `config.ignore_index` left out.
-        mask_index (M, 2): `supervised_masks(labels, ...)`, if made on the CPU beforehand.
-        reference_image_embedding (B, E): of the frozen tower; without it there is no visual term.
-        reference_text_embedding (K, E): `model.text_queries.encode_reference()`, made here if not given.
+        mask_index (M, 2): `supervised_masks(labels, ...)`; computed here if not given, which makes a GPU wait.
+        reference_image_embedding (B, E): of the teacher; without it there is no visual loss.
+        reference_text_embedding (K, E): `model.text_queries.encode_reference()`; computed here if not given.
         loss_counts: what the losses are divided by where this batch is part of a larger one, see `LossCounts`.
         output_logits: False leaves out the full-size scores, which training does not need.
         use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
@@ -184,7 +183,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         """
         height, width = pixel_values.shape[-2:]
         if use_windows is None:
-            use_windows = labels is None and not self.training and self.exceeds_window(pixel_values)
+            use_windows = labels is None and not self.training and self.config.exceeds_window(height, width)
         if use_windows:
             return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
 
@@ -230,7 +229,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
 
         image, wanted = mask_index.unbind(-1)
         mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
-        extent = filled((width / columns, height / rows), mask_logits.device)
+        extent = make_vector((width / columns, height / rows), mask_logits.device)
         if points is None:
             points = choose_points(
                 mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio
@@ -268,32 +267,51 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         return terms
 
     def _scores(self, outputs: TqdmModelOutput, height: int, width: int) -> Tensor:
-        """Scores (B, K, height, width) of the last layer, the padding of the last patches cut off."""
+        """Scores (B, K, height, width) of the last layer, without the padding of the last patches."""
         scores = semantic_scores(outputs.class_logits[:, -1], outputs.mask_logits[:, -1])
-        return resized(scores, self.model.vision_tower.padded_size(height, width))[..., :height, :width]
+        return resize(scores, self.model.vision_tower.padded_size(height, width))[..., :height, :width]
 
     def score(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
-        """Scores (B, K, H, W) of images (B, 3, H, W) as they are, without windows; arguments as in `TqdmModel`."""
+        """Scores (B, K, H, W) of images (B, 3, H, W), without windows; arguments as in `TqdmModel`."""
         outputs = self.model(pixel_values, encoded_text, all_layers=False)
         return self._scores(outputs, *pixel_values.shape[-2:])
 
     def window_scorer(self) -> Callable[[Tensor], Tensor]:
-        """`score`, for which the class names go through the text tower once."""
+        """`score` with class texts that are encoded once."""
         encoded = self.model.text_queries.encode()  # (K, E)
         return lambda windows: self.score(windows, encoded)
 
     def freeze_text(self) -> None:
-        """Stores the encoded class texts and drops the text tower, in place: half the size, the same predictions.
+        """Stores the class texts' embeddings and drops the text tower, in place: half the size, the same predictions.
 
-        It saves and loads like any other model. What it can no longer do raises ValueError: train, and take class names
-        that it did not have.
+        Saves and loads like any other model. It raises ValueError in training, and for class names that it was not
+        frozen with.
         """
         if self.config.frozen_texts is None:
             self.model.text_queries.freeze()
 
+    def prepare_for_inference(self) -> "TqdmForSemanticSegmentation":
+        """Makes the model fast, in place, and returns it in eval mode; scores stay within rounding (1e-4).
+
+        Stores the class texts as `freeze_text` does and replaces layers by those of fast_tqdm.py. Afterwards the model
+        only predicts: training and saving raise ValueError, so save it before.
+        Raises ValueError for a model that is split over several devices.
+        """
+        from .fast_tqdm import make_fast
+
+        devices = set((getattr(self, "hf_device_map", None) or {}).values())
+        if len(devices) > 1:
+            raise ValueError(f"this model is split over {sorted(map(str, devices))}; load it onto one device first")
+        self.eval()
+        self.freeze_text()
+        if not self.is_fast:
+            make_fast(self.model)
+            self.is_fast = True
+        return self
+
     @contextmanager
-    def texts_kept(self) -> Iterator[None]:
-        """Encodes the class texts once for all that is predicted inside, where the weights must not change."""
+    def cache_texts(self) -> Iterator[None]:
+        """Encodes the class texts once for all predictions inside, where the weights must not change."""
         queries = self.model.text_queries
         with torch.no_grad():
             encoded = queries.encode()
@@ -303,64 +321,30 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         finally:
             del queries.encode
 
-    @torch.no_grad()
-    def fuse_for_inference(self) -> None:
-        """Folds layers that follow one another into one, in place: a tenth fewer products, the same predictions.
-
-        The feature pyramid's transposed convolutions with BatchNorm and the pixel decoder's first convolutions; the
-        pixel decoder's last convolution with the mask head, and its attention to the texts with their projections; the
-        factors of the activations with their layers. Scores stay within rounding (1e-4). Such a model cannot be trained
-        or saved: do that before, and fuse what was loaded.
-        Raises ValueError in training mode.
-        """
-        if self.training:
-            raise ValueError("fuse_for_inference() fixes the batch statistics; call model.eval() first")
-        if self.fused:
-            return
-        pyramid, pixels, head = self.model.vision_tower.pyramid, self.model.pixel_decoder, self.model.mask_decoder
-        first, norm, activation, second = pyramid.up4
-        pyramid.up4 = PatchExpansion(
-            expansion_of(first, norm=norm), activation, expansion_of(second, pointwise=pixels.lateral.conv)
-        )
-        pyramid.up2 = PatchExpansion(expansion_of(pyramid.up2, pointwise=pixels.inputs[-1].conv))
-        pixels.lateral.conv = pixels.inputs[-1].conv = nn.Identity()
-        pixels.output.to(memory_format=torch.channels_last)  # as the maps lie after PatchExpansion
-        head.mask_head[-1] = head_with_pixels(head.mask_head[-1], pixels.mask_features)
-        pixels.mask_features = nn.Identity()
-        for layer in pixels.layers:
-            layer.fold_texts = True
-        for module in self.modules():
-            if isinstance(module, FeedForward):
-                fold_activation(module)
-        self.requires_grad_(False)
-        self.fused = True
-
     def train(self, mode: bool = True) -> "TqdmForSemanticSegmentation":
-        """Raises ValueError for training mode after `fuse_for_inference`."""
-        if mode and self.fused:
-            raise ValueError("fuse_for_inference() folded layers for good; train the model before, or load it again")
+        """Raises ValueError for training mode after `prepare_for_inference`."""
+        if mode and self.is_fast:
+            raise ValueError("prepare_for_inference() made this model for predicting only; load it again to train it")
         return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; raises ValueError after `fuse_for_inference`."""
-        if self.fused:
-            raise ValueError(
-                "fuse_for_inference() folded layers for good; save the model before, and fuse what is loaded"
-            )
+        """As in transformers; raises ValueError after `prepare_for_inference`."""
+        if self.is_fast:
+            raise ValueError("prepare_for_inference() made this model for predicting only; load it again and save that")
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def set_classes(self, id2label: dict[int, str]) -> None:
-        """Another class list, in place. What was learned for classes that keep their name stays, the rest starts anew.
+        """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
 
-        A class is its text, a query position, a text position and a row of the class head; nothing else depends on it.
+        A class is its text, a query position, a text position and a row of the class head.
         Raises ValueError for a list that `TqdmConfig` refuses, for names too long for the position table, and for new
         names after `freeze_text`.
         """
         before = self.config.class_names
         if self.config.frozen_texts is not None and not set(id2label.values()) <= set(before):
             new = sorted(set(id2label.values()) - set(before))
-            raise ValueError(f"this model has no text tower for {new}, only {before}; take the one it was made from")
+            raise ValueError(f"this model has no text tower for {new}, only {before}; load the model it was made from")
         self.config.set_classes(id2label)
         rows = [before.index(name) if name in before else None for name in self.config.class_names]
         pixel_decoder, mask_decoder = self.model.pixel_decoder, self.model.mask_decoder

@@ -1,4 +1,4 @@
-"""Text side of tqdm: the frozen CLIP text tower, the learned prompt, and the context decoder that looks at the image.
+"""Text side of tqdm: frozen CLIP text tower, learned prompt, and the context decoder that attends to the image.
 
 Letters: B batch, K classes = textual queries, L text length, T text width, E image-text width, N pixel tokens.
 """
@@ -25,7 +25,7 @@ class TextBlock(GradientCheckpointingLayer):
         self.ffn = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
 
     def initialise(self) -> None:
-        """CLIP's scaled normal start; published settings load pre-trained weights instead."""
+        """CLIP's scaled normal initialisation; published settings load pre-trained weights instead."""
         initialise_clip_block(self, self.norm1.normalized_shape[0], self.depth)
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class TextBlock(GradientCheckpointingLayer):
 
 
 class TqdmTextModel(TqdmBaseModel):
-    """CLIP's text tower, with room for learned vectors between the start token and the class name."""
+    """CLIP's text tower, with learned prompt vectors between the start token and the class name."""
 
     config: TqdmTextConfig
     main_input_name = "token_ids"
@@ -53,7 +53,7 @@ class TqdmTextModel(TqdmBaseModel):
         self.post_init()
 
     def initialise(self) -> None:
-        """CLIP's start of what is not in a block; published settings load pre-trained weights instead."""
+        """CLIP's initialisation of what is in no block; published settings load pre-trained weights instead."""
         init.normal_(self.token_embedding.weight, std=0.02)
         init.normal_(self.position_embedding, std=0.01)
         init.normal_(self.projection.weight, std=self.config.hidden_size**-0.5)
@@ -84,7 +84,7 @@ class TqdmTextModel(TqdmBaseModel):
 
 
 class ContextDecoderLayer(nn.Module):
-    """Pre-norm: the texts look at each other, then at the image, then think."""
+    """Pre-norm: self-attention among the texts, cross-attention to the image, feed-forward."""
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
@@ -107,7 +107,7 @@ class ContextDecoderLayer(nn.Module):
 
 
 class ContextDecoder(nn.Module):
-    """What the image adds to each class's text embedding (the context-aware prompting of DenseCLIP)."""
+    """Adds image context to each class's text embedding (context-aware prompting of DenseCLIP)."""
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
@@ -121,7 +121,7 @@ class ContextDecoder(nn.Module):
         self.out_proj = nn.Sequential(nn.LayerNorm(width, eps=eps), nn.Linear(width, embedding))
 
     def initialise(self) -> None:
-        """Truncated normal 0.02 for every linear layer, as DenseCLIP starts it."""
+        """Truncated normal 0.02 for every linear layer, as in DenseCLIP."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init.trunc_normal_(module.weight, std=0.02)
@@ -138,7 +138,7 @@ class ContextDecoder(nn.Module):
 
 
 class TextualQueries(nn.Module):
-    """One query per class name: frozen text tower with a learned prompt, then what the image adds (section 3.2)."""
+    """One query per class name: frozen text tower with a learned prompt, then the context decoder (section 3.2)."""
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
@@ -150,13 +150,13 @@ class TextualQueries(nn.Module):
             if config.frozen_texts != config.class_names:
                 raise ValueError(
                     f"this model was saved without its text tower, for {config.frozen_texts} only; load it with these "
-                    f"and choose with set_classes(), or take the whole model for {config.class_names}"
+                    f"and choose with set_classes(), or load the whole model for {config.class_names}"
                 )
             self.register_buffer("encoded", torch.empty(config.num_labels, embedding))  # (K, E)
             return
         self.text_tower = TqdmTextModel._from_config(config.text_config)
-        # Modules, so that their rows can be asked for outside of this module's own forward wherever they lie: the
-        # learned prompt, or in the ablation without class texts a learned vector for every class.
+        # The learned prompt, or without class texts (ablation) a learned vector per class. Modules, not parameters, so
+        # that `encode` also finds weights that are offloaded or sharded.
         if config.queries == "textual":
             self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
         else:
@@ -164,9 +164,9 @@ class TextualQueries(nn.Module):
         self.set_texts()
 
     def set_texts(self, rows: list[int | None] | None = None) -> None:
-        """Looks up the token ids of the class list, which are not saved: the configuration holds them.
+        """Makes the token ids of the class list, which the configuration saves and the weights do not.
 
-        rows: of every class, where it was in the list before; needed where the texts are frozen.
+        rows: for frozen texts, every class's row in the previous list.
         """
         if self.config.frozen_texts is not None:
             self.encoded, self.config.frozen_texts = self.encoded[rows], self.config.class_names
@@ -193,9 +193,10 @@ class TextualQueries(nn.Module):
         return torch.tensor([row + [0] * (length - len(row)) for row in rows])
 
     def initialise(self) -> None:
-        """Prompt and gamma with standard deviation 1, as published (the 1e-4 meant for gamma is overwritten there).
+        """Prompt and gamma with standard deviation 1, as published (the published code overwrites gamma's 1e-4).
 
-        Runs after construction and after loading, where the weights stay, the token ids return and the tower freezes.
+        Runs after construction and after loading; then it keeps loaded weights, restores the token ids and freezes the
+        text tower.
         """
         init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
         if self.config.frozen_texts is not None:
@@ -205,12 +206,12 @@ class TextualQueries(nn.Module):
             init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
         init.copy_(self.class_ids, self._table(False))
         init.copy_(self.reference_ids, self._table(True))
-        # Here and not in the constructor: loading replaces the parameters, and with them what was set on them.
+        # Here and not in the constructor: loading replaces the parameters and their requires_grad.
         self.text_tower.requires_grad_(False)
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Stores what `encode` gives and drops what made it."""
+        """Replaces text tower and prompt by the result of `encode`."""
         encoded = self.encode().detach().clone()
         for part in ("text_tower", "prompt", "class_vectors", "class_ids", "reference_ids"):
             if hasattr(self, part):
@@ -219,7 +220,7 @@ class TextualQueries(nn.Module):
         self.config.frozen_texts = self.config.class_names
 
     def encode(self) -> Tensor:
-        """Embeddings (K, E) of the prompted class names, before any image is seen."""
+        """Text embeddings (K, E) of the prompted class names, the same for every image."""
         if self.config.frozen_texts is not None:
             return self.encoded
         table = self.prompt if self.config.queries == "textual" else self.class_vectors
@@ -228,12 +229,12 @@ class TextualQueries(nn.Module):
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:
-        """Unit-length embeddings (K, E) of the reference texts without learned prompt, for the textual regulariser.
+        """Unit-length embeddings (K, E) of the reference texts, without learned prompt, for the textual regulariser.
 
         Raises ValueError once the texts are frozen.
         """
         if self.config.frozen_texts is not None:
-            raise ValueError("freeze_text() dropped the text tower, which training needs; train the model it came from")
+            raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
         return F.normalize(self.text_tower(self.reference_ids), dim=-1)
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Images of any size for what scores windows: sliding, views, mirror images, class ids.
+"""Inference on images of any size: sliding windows, test-time augmentation, class ids.
 
 Letters: B batch, K classes, H, W image, h, w window or result.
 """
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .configuration_tqdm import TqdmConfig
-from .layers_tqdm import resized
+from .layers_tqdm import resize
 
 
 def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
-    """Top left corners of the windows that cover an image: every `stride` pixels, the last ones moved back inside."""
+    """Top left corners of the windows over an image: one every `stride` pixels, the last ones moved back inside."""
     rows, columns = (
         [max(min(i * stride, n - size), 0) for i in range(max(-(-(n - size) // stride), 0) + 1)]
         for n in (height, width)
@@ -31,8 +31,8 @@ def slide_strips(
 ) -> Iterator[Tensor]:
     """`slide`, strip by strip along the longer side (dimension `longer_side`) of the image, from its beginning.
 
-    scores: zeros, to sum in, (B, K, H, W) or along the longer side only as long as a window; what is yielded are parts
-    of it, which in the second case are overwritten afterwards.
+    scores: zeros to sum in, (B, K, H, W), or only a window long along the longer side. Yields parts of it, finished; in
+    the second case they are overwritten later.
     """
     batch, _, height, width = pixel_values.shape
     rows, columns = min(window_size, height), min(window_size, width)
@@ -45,28 +45,28 @@ def slide_strips(
     hits = row_hits[:height, None] * column_hits[:width]  # (H, W)
     along = longer_side(pixel_values)
     corners.sort(key=lambda corner: corner[along])
-    base = begin = 0  # places on the longer side: where `scores` begins, and what is not finished
+    base = begin = 0  # positions on the longer side: where `scores` begins, and what is not finished
 
-    def finished(end: int) -> Tensor:
+    def average(end: int) -> Tensor:
         strip = scores.narrow(along, begin - base, end - begin)
         return strip.div_(hits.narrow(along, begin, end - begin))
 
-    for start in range(0, len(corners), window_batch_size):
-        chunk = corners[start : start + window_batch_size]
+    for index in range(0, len(corners), window_batch_size):
+        chunk = corners[index : index + window_batch_size]
         windows = torch.cat([pixel_values[..., y : y + rows, x : x + columns] for y, x in chunk])
         for corner, part in zip(chunk, score(windows).split(batch), strict=True):
-            place, length = corner[along], part.shape[along]
-            if place > begin:
-                yield finished(place)
-                if place + length > base + scores.shape[along]:  # no room: what is finished goes
-                    rest = scores.narrow(along, place - base, base + scores.shape[along] - place).clone()
+            start, length = corner[along], part.shape[along]
+            if start > begin:
+                yield average(start)
+                if start + length > base + scores.shape[along]:  # no room: drop what is finished
+                    rest = scores.narrow(along, start - base, base + scores.shape[along] - start).clone()
                     scores.zero_().narrow(along, 0, rest.shape[along]).copy_(rest)
-                    base = place
-                begin = place
+                    base = start
+                begin = start
             y, x = corner
             y, x = (y - base, x) if along == -2 else (y, x - base)
             scores[..., y : y + rows, x : x + columns] += part
-    yield finished(pixel_values.shape[along])
+    yield average(pixel_values.shape[along])
 
 
 def longer_side(pixel_values: Tensor) -> int:
@@ -84,8 +84,8 @@ def slide(
 ) -> Tensor:
     """Scores (B, K, H, W) of pixel_values (B, 3, H, W), averaged over windows.
 
-    score: windows (n, 3, h, w) -> (n, K, h, w). A side smaller than the window is used as it is. Windows of an image go
-    through `score` window_batch_size at once.
+    score: windows (n, 3, h, w) -> (n, K, h, w), window_batch_size windows per call. Where a side of the image is
+    smaller than the window, so is the window.
     """
     batch, _, height, width = pixel_values.shape
     scores = torch.zeros(batch, num_labels, height, width, device=pixel_values.device)
@@ -110,7 +110,7 @@ def average_views(
         for mirrored in (False, True)[: 1 + flip]:
             scores = score_view(view.flip(-1) if mirrored else view).float()
             if tuple(scores.shape[-2:]) != tuple(size):
-                scores = resized(scores, size)
+                scores = resize(scores, size)
             scores = scores.softmax(1) if softmax_views else scores
             scores = scores.flip(-1) if mirrored else scores
             total = scores if total is None else total.add_(scores)
@@ -119,19 +119,14 @@ def average_views(
 
 
 class Segmenter:
-    """Scores and class ids of images of any size, for a class that has `config` and `window_scorer`."""
+    """Scores and class ids of images of any size; subclasses have `config` and `window_scorer`."""
 
     config: TqdmConfig
     training = False
 
     def window_scorer(self) -> Callable[[Tensor], Tensor]:
-        """What scores windows: (n, 3, h, w) -> (n, K, h, w)."""
+        """A function that scores windows: (n, 3, h, w) -> (n, K, h, w)."""
         raise NotImplementedError
-
-    def exceeds_window(self, pixel_values: Tensor) -> bool:
-        """True where `config.window_size` asks for windows over pixel_values (B, 3, H, W)."""
-        window = self.config.window_size
-        return window is not None and max(pixel_values.shape[-2:]) > window
 
     def window_batch_size(self, device: torch.device) -> int:
         """Windows per forward pass, see `TqdmConfig`."""
@@ -140,7 +135,7 @@ class Segmenter:
     def window_scores(self, pixel_values: Tensor, score: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Scores (B, K, H, W) averaged over windows of `config.window_size` every `config.window_stride` pixels.
 
-        score: a `window_scorer()`, made here if not given.
+        score: a `window_scorer()`; made here if not given.
         """
         config, score = self.config, score or self.window_scorer()
         return slide(
@@ -156,7 +151,7 @@ class Segmenter:
         flip: bool = False,
         softmax_views: bool = False,
     ) -> Tensor:
-        """Scores (B, K, h, w) of images at any size, by windows where `config.window_size` asks for them.
+        """Scores (B, K, h, w) of images of any size; larger ones than `config.window_size` by sliding windows.
 
         views: pixel_values (B, 3, H, W), or a list of the same images at several scales, whose scores are averaged.
         size: height and width of the result (bilinear), by default those of the first view.
@@ -171,7 +166,7 @@ class Segmenter:
         score = self.window_scorer()
 
         def score_view(view: Tensor) -> Tensor:
-            return self.window_scores(view, score) if self.exceeds_window(view) else score(view)
+            return self.window_scores(view, score) if self.config.exceeds_window(*view.shape[-2:]) else score(view)
 
         return average_views(score_view, views, size, flip, softmax_views)
 
@@ -189,9 +184,9 @@ class Segmenter:
         view = views[0]
         plain = len(views) == 1 and not flip and not softmax_views and size in (None, tuple(view.shape[-2:]))
         # On CPUs argmax over the classes would take four times as long as max.
-        if not (plain and self.exceeds_window(view)):
+        if not (plain and self.config.exceeds_window(*view.shape[-2:])):
             return self.segment(views, size, flip, softmax_views).max(1).indices
-        # The scores of all classes are the largest tensor of all: only what is not finished is kept.
+        # The scores of all classes are the largest tensor: keep only the part that is not finished.
         config, along = self.config, longer_side(view)
         size = [view.shape[0], config.num_labels, *view.shape[-2:]]
         size[along] = min(config.window_size, size[along])
@@ -203,4 +198,4 @@ class Segmenter:
 
     def _check_mode(self) -> None:
         if self.training:
-            raise ValueError("segment() predicts; call model.eval() first, or dropout and batch statistics disturb it")
+            raise ValueError("segment() predicts, which training mode would disturb; call model.eval() first")

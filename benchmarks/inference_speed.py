@@ -9,7 +9,7 @@ Writes inference_PRESET_SIZE_DEVICE.json and .md to --out. Exit status 1 if a co
 
 published-order      the published order of work with our modules, see published_order.py
 ours-plain           our model as `from_pretrained` gives it, `segment(...).argmax(1)`
-ours-exact           after `freeze_text()` and `fuse_for_inference()`, `segment_labels(...)`
+ours-exact           after `prepare_for_inference()`, `segment_labels(...)`
 ours-compiled        the same, the windows through torch.compile
 ours-bf16            as ours-exact, in bfloat16; ours-compiled-bf16: compiled too
 ours-int8            as ours-exact, the vision tower's products in 8 bits; on a CPU

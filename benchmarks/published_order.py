@@ -22,16 +22,10 @@ from measure import synchronise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tqdm_seg import decoder_tqdm as pixel_decoder_tqdm
+from tqdm_seg.decoder_tqdm import cell_centres, sine_positions
 from tqdm_seg.layers_tqdm import additive_mask
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import window_corners
-
-# Made anew on every call.
-sine_positions, cell_centres = (
-    pixel_decoder_tqdm.sine_positions.__wrapped__,
-    pixel_decoder_tqdm.cell_centres.__wrapped__,
-)
 
 # Methods of `PublishedOrder`; what else it does is "rest".
 PARTS = ("backbone", "text_encoder", "context_decoder", "pixel_decoder", "mask_decoder")

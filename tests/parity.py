@@ -237,8 +237,7 @@ def compare_inference(pack: Pack) -> list[Row]:
                 opened = golden & ~golden.all(-1, keepdim=True)  # stored before empty rows are opened
                 rows.append(Row(key, float((opened != features[name]).sum()), 0.0, 0.0, False))
     rows += compare_scores(pack, model)
-    model.freeze_text()
-    model.fuse_for_inference()
+    model.prepare_for_inference()
     for row in compare_scores(pack, model):
         row.name += ", frozen and fused"
         rows.append(row)

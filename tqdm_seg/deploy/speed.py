@@ -62,9 +62,7 @@ def ready_to_predict(
     if precision == "tf32" and device != "cuda":
         raise ValueError(f"tf32 runs on NVIDIA GPUs only and the model is on {model.device}; choose fp32")
     set_float32_arithmetic(precision)
-    model.eval()
-    model.freeze_text()
-    model.fuse_for_inference()
+    model.prepare_for_inference()
     if precision == "int8":
         _quantise(model.model.vision_tower.blocks)
     model.to(DTYPES[precision])

@@ -76,7 +76,7 @@ def score_frames(
     num_classes = model.config.num_labels
     matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=model.device)
     sizes: Counter[tuple[int, int]] = Counter()
-    with model.texts_kept():
+    with model.cache_texts():
         for frame in frames:
             with accelerator.autocast():
                 prediction, _ = predict_frame(model, processor, frame)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from tqdm_seg.layers_tqdm import filled
+from tqdm_seg.layers_tqdm import make_vector
 
 from ..data.label_maps import IGNORE_INDEX
 
@@ -140,7 +140,7 @@ def normalise(images: Tensor, sizes: Tensor) -> Tensor:
 
     sizes (B, 2): rows and columns that the images cover; pixels beyond are 0, as padding after normalising leaves it.
     """
-    mean, std = (filled(values, images.device) * 255 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    mean, std = (make_vector(values, images.device) * 255 for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     pixels = ((images - mean) / std).permute(0, 3, 1, 2)  # (B, 3, h, w)
     rows, columns = (
         torch.arange(side, device=images.device) < sizes[:, axis, None] for axis, side in enumerate(pixels.shape[-2:])

@@ -8,25 +8,29 @@ from conftest import micro_config, micro_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForSemanticSegmentation
 
-from tqdm_seg import decoder_tqdm as pixel_decoder_tqdm
-from tqdm_seg import windows_tqdm
+from tqdm_seg import fast_tqdm, windows_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.decoder_tqdm import (
-    sample_by_bags,
-    sample_by_grid,
-    sine_positions,
-    with_borders,
-)
+from tqdm_seg.decoder_tqdm import sample_bilinear, sine_positions
 from tqdm_seg.deploy.folder import save_model_folder
-from tqdm_seg.fusion_tqdm import PatchExpansion, fold_activation
+from tqdm_seg.fast_tqdm import (
+    FastPixelDecoderLayer,
+    FastTextAttention,
+    PatchExpansion,
+    cache_by_shape,
+    cached_sine_positions,
+    fold_activation,
+    sample_table,
+    short_softmax,
+    value_table,
+)
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.layers_tqdm import FeedForward, kept, softmax_over_few
+from tqdm_seg.layers_tqdm import FeedForward
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter, window_corners
 
 
 @pytest.fixture
-def settled(model, images) -> TqdmForSemanticSegmentation:
+def trained(model, images) -> TqdmForSemanticSegmentation:
     """A model whose batch statistics are not those of the start, so that forgetting them shows."""
     torch.manual_seed(3)
     norm = model.model.vision_tower.pyramid.up4[1]
@@ -38,17 +42,17 @@ def settled(model, images) -> TqdmForSemanticSegmentation:
 
 
 @torch.no_grad()
-def test_fused_scores_are_the_same(settled, images):
-    before = settled.score(images)
-    settled.fuse_for_inference()
-    assert sum(isinstance(part, PatchExpansion) for part in settled.modules()) == 2
-    torch.testing.assert_close(settled.score(images), before, rtol=0, atol=1e-5)
+def test_fused_scores_are_the_same(trained, images):
+    before = trained.score(images)
+    trained.prepare_for_inference()
+    assert sum(isinstance(part, PatchExpansion) for part in trained.modules()) == 2
+    torch.testing.assert_close(trained.score(images), before, rtol=0, atol=1e-5)
     # Raw predictions of every layer come from the same folded parts.
-    raw = settled(images, all_layers=True)
-    assert raw.mask_logits.shape[1] == settled.config.mask_decoder_layers + 1
-    again = settled.score(images)
-    settled.fuse_for_inference()  # a second time changes nothing
-    torch.testing.assert_close(settled.score(images), again, rtol=0, atol=0)
+    raw = trained(images, all_layers=True)
+    assert raw.mask_logits.shape[1] == trained.config.mask_decoder_layers + 1
+    again = trained.score(images)
+    trained.prepare_for_inference()  # a second time changes nothing
+    torch.testing.assert_close(trained.score(images), again, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -62,7 +66,7 @@ def test_fusing_leaves_fewer_products():
         return counter.get_total_flops()
 
     before = products()
-    model.fuse_for_inference()
+    model.prepare_for_inference()
     assert products() < 0.95 * before
 
 
@@ -81,17 +85,17 @@ def test_feed_forward_keeps_its_values_and_gradients_when_folded(activation):
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fused_model_is_neither_trained_nor_saved(settled, images, labels, tmp_path):
-    trained = copy.deepcopy(settled).train()
+def test_a_fused_model_is_neither_trained_nor_saved(trained, images, labels, tmp_path):
+    trained = copy.deepcopy(trained).train()
     with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
-        trained.fuse_for_inference()
-    settled.fuse_for_inference()
+        trained.prepare_for_inference()
+    trained.prepare_for_inference()
     with pytest.raises(ValueError, match="train the model before"):
-        settled.train()
+        trained.train()
     with pytest.raises(ValueError, match="save the model before"):
-        settled.save_pretrained(tmp_path / "model")
-    assert not any(p.requires_grad for p in settled.parameters()) and not (tmp_path / "model").exists()
-    assert settled.eval() is settled
+        trained.save_pretrained(tmp_path / "model")
+    assert not any(p.requires_grad for p in trained.parameters()) and not (tmp_path / "model").exists()
+    assert trained.eval() is settled
 
 
 @pytest.mark.parametrize("queries", ["textual", "random"])
@@ -108,7 +112,7 @@ def test_frozen_texts_predict_the_same_save_and_load(queries, images, tmp_path):
     loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path / "frozen", trust_remote_code=True)
     torch.testing.assert_close(loaded.eval().score(images), before, rtol=0, atol=0)
     assert loaded.config.frozen_texts == ["road", "traffic light", "sky"]
-    loaded.fuse_for_inference()
+    loaded.prepare_for_inference()
     torch.testing.assert_close(loaded.score(images), before, rtol=0, atol=1e-5)
 
 

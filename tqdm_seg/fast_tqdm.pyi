@@ -1,0 +1,1 @@
+from fast_tqdm import *

@@ -1,1 +1,0 @@
-from fusion_tqdm import *
