@@ -1,6 +1,11 @@
-"""What makes inference faster changes nothing that it computes, and says what it can no longer do."""
+"""A model that is ready to predict computes the same numbers; the plain forward stays in its five files."""
 
 import copy
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 
 import pytest
 import torch
@@ -30,8 +35,8 @@ from tqdm_seg.windows_tqdm import Segmenter, window_corners
 
 
 @pytest.fixture
-def trained(model, images) -> TqdmForSemanticSegmentation:
-    """A model whose batch statistics are not those of the start, so that forgetting them shows."""
+def learned(model, images) -> TqdmForSemanticSegmentation:
+    """A model whose batch statistics and biases are not the initial ones, so that a fold without them shows."""
     torch.manual_seed(3)
     norm = model.model.vision_tower.pyramid.up4[1]
     for values, low, high in ((norm.weight, 0.5, 2), (norm.bias, -1, 1), (norm.running_mean, -1, 1)):
@@ -42,27 +47,27 @@ def trained(model, images) -> TqdmForSemanticSegmentation:
 
 
 @torch.no_grad()
-def test_fused_scores_are_the_same(trained, images):
-    before = trained.score(images)
-    trained.prepare_for_inference()
-    assert sum(isinstance(part, PatchExpansion) for part in trained.modules()) == 2
-    torch.testing.assert_close(trained.score(images), before, rtol=0, atol=1e-5)
+def test_scores_of_a_ready_model_are_the_same(learned, images):
+    before = learned.score(images)
+    learned.prepare_for_inference()
+    assert sum(isinstance(part, PatchExpansion) for part in learned.modules()) == 2
+    torch.testing.assert_close(learned.score(images), before, rtol=0, atol=1e-5)
     # Raw predictions of every layer come from the same folded parts.
-    raw = trained(images, all_layers=True)
-    assert raw.mask_logits.shape[1] == trained.config.mask_decoder_layers + 1
-    again = trained.score(images)
-    trained.prepare_for_inference()  # a second time changes nothing
-    torch.testing.assert_close(trained.score(images), again, rtol=0, atol=0)
+    raw = learned(images, all_layers=True)
+    assert raw.mask_logits.shape[1] == learned.config.mask_decoder_layers + 1
+    again = learned.score(images)
+    learned.prepare_for_inference()  # a second time changes nothing
+    torch.testing.assert_close(learned.score(images), again, rtol=0, atol=0)
 
 
 @torch.no_grad()
-def test_fusing_leaves_fewer_products():
+def test_folding_leaves_fewer_products():
     model = micro_model()
     image = torch.randn(1, 3, 32, 32)
 
     def products() -> int:
         with FlopCounterMode(display=False) as counter:
-            model.score(image)
+            model.model(image, all_layers=True)
         return counter.get_total_flops()
 
     before = products()
@@ -85,17 +90,21 @@ def test_feed_forward_keeps_its_values_and_gradients_when_folded(activation):
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
 
 
-def test_a_fused_model_is_neither_trained_nor_saved(trained, images, labels, tmp_path):
-    trained = copy.deepcopy(trained).train()
-    with pytest.raises(ValueError, match=r"call model.eval\(\) first"):
-        trained.prepare_for_inference()
-    trained.prepare_for_inference()
-    with pytest.raises(ValueError, match="train the model before"):
-        trained.train()
-    with pytest.raises(ValueError, match="save the model before"):
-        trained.save_pretrained(tmp_path / "model")
-    assert not any(p.requires_grad for p in trained.parameters()) and not (tmp_path / "model").exists()
-    assert trained.eval() is settled
+def test_a_ready_model_is_neither_trained_nor_saved(learned, tmp_path):
+    assert learned.train().prepare_for_inference() is learned and not learned.training
+    with pytest.raises(ValueError, match="load it again"):
+        learned.train()
+    with pytest.raises(ValueError, match="load it again"):
+        learned.save_pretrained(tmp_path / "model")
+    assert not any(p.requires_grad for p in learned.parameters()) and not (tmp_path / "model").exists()
+    assert learned.eval() is learned
+
+
+def test_a_model_on_several_devices_is_not_made_ready():
+    model = micro_model()
+    model.hf_device_map = {"model.vision_tower": 0, "model.pixel_decoder": "cpu"}
+    with pytest.raises(ValueError, match="one device"):
+        model.prepare_for_inference()
 
 
 @pytest.mark.parametrize("queries", ["textual", "random"])
@@ -149,12 +158,12 @@ def test_a_checkpoint_for_use_is_under_half_of_the_published_file():
 
 
 @torch.no_grad()
-def test_texts_are_encoded_once_inside_texts_kept(model, images, monkeypatch):
+def test_texts_are_encoded_once_inside_cache_texts(model, images, monkeypatch):
     calls = []
     tower = model.model.text_queries.text_tower
     tower.register_forward_hook(lambda *_: calls.append(1))
     before = model.segment(images)
-    with model.texts_kept():
+    with model.cache_texts():
         torch.testing.assert_close(model.segment(images), before, rtol=0, atol=0)
         model.segment(images.repeat(1, 1, 2, 2))
     assert len(calls) == 2  # one before, one inside
@@ -170,50 +179,49 @@ def test_the_last_layer_alone_is_the_last_of_all(model, images):
     torch.testing.assert_close(last.mask_logits[:, 0], every.mask_logits[:, -1], rtol=0, atol=1e-5)
 
 
-def bag_samples(values, offsets, weights, sizes, start=0):
-    """`sample_by_bags` with the arguments of `sample_by_grid`."""
-    return sample_by_bags(with_borders(values, sizes), offsets, weights, sizes, start)
+def table_samples(values, offsets, weights, sizes, start=0):
+    """`sample_table` with the arguments of `sample_bilinear`."""
+    return sample_table(value_table(values, sizes), offsets, weights, sizes, start)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_bags_are_grid_samples(batch):
+def test_table_samples_are_bilinear_samples(batch):
     torch.manual_seed(0)
     sizes, heads, width, points = ((2, 3), (4, 6), (8, 11)), 2, 8, 4
     length = sum(h * w for h, w in sizes)
     values = torch.randn(batch, length, heads, width)
     # Near, further, across the border and far outside.
     offsets = torch.randn(batch, length, heads, 3, points, 2) * torch.tensor([0.3, 1, 5, 100])[:, None]
-    weights = torch.rand(batch, length, heads, 3, points)
+    weights = torch.rand(batch, length, heads, 3 * points)
     found = []
-    for sample in (sample_by_grid, bag_samples):
+    for sample in (sample_bilinear, table_samples):
         inputs = [x.clone().requires_grad_() for x in (values, offsets, weights)]
         output = sample(*inputs, sizes)
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         found.append([output, *(x.grad for x in inputs)])
-    for by_grid, by_bags in zip(*found, strict=True):
-        assert by_grid.abs().max() > 0.1
-        torch.testing.assert_close(by_bags, by_grid, rtol=1e-5, atol=1e-4)
-    for sample in (sample_by_grid, bag_samples):  # some of the cells alone
-        part = sample(values, offsets[:, 5:40], weights[:, 5:40], sizes, 5)
-        torch.testing.assert_close(part, found[0][0][:, 5:40], rtol=1e-5, atol=1e-4)
+    for plain, fast in zip(*found, strict=True):
+        assert plain.abs().max() > 0.1
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-4)
+    tile = table_samples(values, offsets[:, 5:40], weights[:, 5:40], sizes, 5)
+    torch.testing.assert_close(tile, found[0][0][:, 5:40], rtol=1e-5, atol=1e-4)
     on_cells = offsets.round()  # where a sample has no gradient, but a value
-    expected = sample_by_grid(values, on_cells, weights, sizes)
-    torch.testing.assert_close(bag_samples(values, on_cells, weights, sizes), expected, rtol=1e-5, atol=1e-4)
+    expected = sample_bilinear(values, on_cells, weights, sizes)
+    torch.testing.assert_close(table_samples(values, on_cells, weights, sizes), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_bags_pass_on_what_is_not_finite_and_read_nothing_else():
+def test_samples_at_no_finite_location_are_nan_and_read_nothing_else():
     sizes = ((2, 2), (3, 3), (4, 4))
-    values, weights = torch.randn(1, 29, 1, 4), torch.rand(1, 29, 1, 3, 2)
+    values, weights = torch.randn(1, 29, 1, 4), torch.rand(1, 29, 1, 6)
     offsets = torch.zeros(1, 29, 1, 3, 2, 2)
     offsets[0, 0], offsets[0, 1], offsets[0, 2] = torch.nan, torch.inf, -torch.inf
-    output = bag_samples(values, offsets, weights, sizes)[0]
+    output = table_samples(values, offsets, weights, sizes)[0]
     assert output[0].isnan().all() and not output[3:].isnan().any()
 
 
-def test_what_is_kept_is_made_once_and_serves_training():
+def test_cached_tensors_are_made_once_and_serve_training():
     calls = []
 
-    @kept
+    @cache_by_shape
     def ramp(n: int, device: torch.device) -> torch.Tensor:
         calls.append(n)
         return torch.arange(n, device=device).float()
@@ -225,7 +233,8 @@ def test_what_is_kept_is_made_once_and_serves_training():
     weight = torch.ones(3, requires_grad=True)
     (weight * first).sum().backward()  # an inference tensor would be refused here
     assert weight.grad.tolist() == [0, 1, 2]
-    assert sine_positions(4, 5, 16, cpu) is sine_positions(4, 5, 16, cpu)
+    assert cached_sine_positions(4, 5, 16, cpu) is cached_sine_positions(4, 5, 16, cpu)
+    assert torch.equal(cached_sine_positions(4, 5, 16, cpu), sine_positions(4, 5, 16, cpu))
 
 
 def test_no_window_is_computed_twice():
@@ -297,38 +306,48 @@ def test_gradients_pass_through_windows(model):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("at_once", [7, 80])
-def test_pixels_may_go_through_a_layer_in_pieces(model, images, monkeypatch, at_once):
-    monkeypatch.setattr(pixel_decoder_tqdm, "PIXELS_AT_ONCE", 10**6)
+@pytest.mark.parametrize("tile", [7, 80])
+def test_a_layer_runs_on_tiles(model, images, monkeypatch, tile):
     whole = model.score(images)
+    model.prepare_for_inference()
     calls = []
     model.model.pixel_decoder.layers[0].ffn.register_forward_hook(lambda _, inputs, __: calls.append(inputs[0].shape))
-    monkeypatch.setattr(pixel_decoder_tqdm, "PIXELS_AT_ONCE", at_once)
+    monkeypatch.setattr(fast_tqdm, "TILE", tile)
     torch.testing.assert_close(model.score(images), whole, rtol=0, atol=1e-5)
-    assert len(calls) > 1 and max(shape[1] for shape in calls) <= at_once
+    assert len(calls) > 1 and max(shape[1] for shape in calls) <= tile
 
 
 @torch.no_grad()
-def test_attention_folded_with_its_keys_is_attention(model):
+@pytest.mark.parametrize("classes", [3, 40])
+def test_folded_text_attention_is_attention(model, classes):
     torch.manual_seed(0)
     attention = model.model.pixel_decoder.layers[0].text_attention
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # biases too
-    queries, keys, values = torch.randn(2, 9, 32), torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    queries, keys, values = torch.randn(2, 9, 32), torch.randn(2, classes, 32), torch.randn(2, classes, 32)
     expected = attention(queries, keys, values)
     assert expected.std() > 0.1
-    for fold in (False, True):
-        found = attention.looking_at(keys, values, fold)(queries)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    model.prepare_for_inference()
+    assert isinstance(attention, FastTextAttention)
+    torch.testing.assert_close(attention(queries, keys, values), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_softmax_over_few_is_softmax():
+@torch.no_grad()
+def test_without_text_attention_a_model_is_made_ready_too(images):
+    model = micro_model(text_to_pixel_attention=False)
+    before = model.score(images)
+    model.prepare_for_inference()
+    assert isinstance(model.model.pixel_decoder.layers[0], FastPixelDecoderLayer)
+    torch.testing.assert_close(model.score(images), before, rtol=0, atol=1e-5)
+
+
+def test_short_softmax_is_softmax():
     scores = torch.randn(3, 5, 12) * torch.tensor([1, 30, 1000])[:, None, None]
     expected = scores.softmax(-1)
-    assert torch.equal(softmax_over_few(scores), expected)
+    assert torch.equal(short_softmax(scores), expected)
     with torch.no_grad():
-        torch.testing.assert_close(softmax_over_few(scores), expected, rtol=1e-5, atol=1e-7)
-        assert softmax_over_few(scores.bfloat16()).dtype == torch.float32
+        torch.testing.assert_close(short_softmax(scores), expected, rtol=1e-5, atol=1e-7)
+        assert short_softmax(scores.bfloat16()).dtype == torch.float32
 
 
 def test_windows_at_once_follow_the_device_unless_said():
@@ -337,3 +356,65 @@ def test_windows_at_once_follow_the_device_unless_said():
     assert model.window_batch_size(torch.device("cpu")) == 1 and model.window_batch_size(torch.device("cuda")) == 8
     model.config.window_batch_size = 3
     assert model.window_batch_size(torch.device("cpu")) == 3
+
+
+# ---- the method alone
+
+ROOT = Path(__file__).parents[1]
+METHOD = ("modeling_tqdm.py", "backbone_tqdm.py", "text_tqdm.py", "layers_tqdm.py", "decoder_tqdm.py")
+
+
+def files_of(call: Callable[[], object]) -> set[str]:
+    """Names of this repository's files whose functions run in a call."""
+    names = set()
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
+            names.add(path.relative_to(ROOT).as_posix())
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return names
+
+
+@pytest.mark.parametrize("tower", ["clip", "eva02"])
+@pytest.mark.parametrize("training", [False, True])
+@torch.no_grad()
+def test_a_forward_pass_stays_in_the_five_files_of_the_method(tower, training, images):
+    model = micro_model(tower).train(training)
+    found = files_of(lambda: model(images))
+    # The configuration answers whether the image is larger than a window.
+    assert set(METHOD) <= found <= {*METHOD, "configuration_tqdm.py"}
+    if not training:
+        found = files_of(lambda: model(images.repeat(1, 1, 2, 2)))
+        assert {*METHOD, "windows_tqdm.py"} <= found <= {*METHOD, "windows_tqdm.py", "configuration_tqdm.py"}
+        model.prepare_for_inference()
+        assert "fast_tqdm.py" in files_of(lambda: model(images))
+
+
+@pytest.mark.parametrize("name", METHOD)
+def test_the_method_has_no_branch_for_devices_or_compilers(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not [word for word in ("device.type", "is_compiling", "is_in_onnx_export", "is_cuda") if word in text]
+
+
+def test_the_fast_layers_are_imported_in_one_place():
+    files = [*ROOT.glob("*.py"), *(ROOT / "tqdm_seg").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    places = {
+        f"{file.name}: {line.strip()}"
+        for file in files
+        for line in file.read_text(encoding="utf-8").splitlines()
+        if re.match(r"\s*(from|import)\s.*fast_tqdm", line)
+    }
+    assert places == {"modeling_tqdm.py: from .fast_tqdm import make_fast"}
+
+
+def test_every_root_module_has_its_stub():
+    modules = {path.stem for path in ROOT.glob("*_tqdm.py")} | {"train"}
+    stubs = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tqdm_seg").glob("*.pyi")}
+    assert stubs == {name: f"from {name} import *\n" for name in modules}

@@ -23,8 +23,8 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 ROOT = Path(__file__).parents[1]
 PHOTOS = sorted(ROOT.glob("examples/frames/validation/*/image_data/*"))[:3]
 MODEL_CODE = {
-    "backbone_tqdm.py", "configuration_tqdm.py", "fusion_tqdm.py", "layers_tqdm.py", "loss_tqdm.py",
-    "mask_decoder_tqdm.py", "modeling_tqdm.py", "pixel_decoder_tqdm.py", "text_tqdm.py", "windows_tqdm.py",
+    "backbone_tqdm.py", "configuration_tqdm.py", "decoder_tqdm.py", "fast_tqdm.py", "layers_tqdm.py", "loss_tqdm.py",
+    "modeling_tqdm.py", "text_tqdm.py", "windows_tqdm.py",
 }  # fmt: skip
 SHIPPED = MODEL_CODE | {"image_processing_tqdm.py"}
 WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -70,13 +70,16 @@ maps = {{
     for key, result in results.items()
 }}
 inputs = processor(images=images, return_tensors="pt")
+pipe.model.prepare_for_inference()
+fast = torch.cat([pipe.model.segment(x[None]) for x in inputs.pixel_values]).numpy()
 np.savez(
-    "arrays.npz", **maps, scores=torch.cat([model.segment(x[None]) for x in inputs.pixel_values]).numpy(),
+    "arrays.npz", **maps, fast=fast, scores=torch.cat([model.segment(x[None]) for x in inputs.pixel_values]).numpy(),
     base=base(inputs.pixel_values[..., :32, :32]).mask_logits.detach().numpy(),
 )
 print(json.dumps({{
     "classes": [type(x).__name__ for x in (config, base, model, processor, pipe.model, pipe.image_processor)],
     "modules": [type(x).__module__.split(".")[0] for x in (config, base, model, processor, pipe.model)],
+    "layers": type(pipe.model.model.pixel_decoder).__name__, "parts": len(pipe(images[0])),
     "hidden": [name for name in HIDDEN if name in sys.modules],
 }}))
 """
@@ -155,6 +158,11 @@ def test_folder_loads_where_only_torch_and_transformers_are_installed(user):
 def test_loaded_models_compute_the_same_bits(user, expected):
     np.testing.assert_array_equal(user["scores"], expected["scores"])
     np.testing.assert_array_equal(user["base"], expected["base"])
+
+
+def test_a_pipeline_made_ready_gives_the_same_scores(user, expected):
+    assert user["layers"] == "FastPixelDecoder" and user["parts"] > 0
+    np.testing.assert_allclose(user["fast"], expected["scores"], rtol=0, atol=1e-4)
 
 
 def test_pipeline_masks_are_the_argmax_of_segment_for_images_larger_than_a_window(user, expected):
