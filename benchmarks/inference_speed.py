@@ -1,48 +1,35 @@
 """Speed of inference: our model, the published order of work, and the models that people would pick instead.
 
     python benchmarks/inference_speed.py [--preset clip_vit_b16] [--size 512x512 1024x2048] [--repeats 5]
-    python benchmarks/inference_speed.py --contenders published-order ours-exact --size 512x512
+    python benchmarks/inference_speed.py --only published-order,ours-exact --size 512x512
 
-From a normalised image, a new one for every call, to the map of class ids at the same size, batch 1. Preprocessing is
-left out for all. Weights are random: the time of a dense model does not depend on them. Windows as the preset has them.
-Writes inference_PRESET_SIZE_DEVICE.json and .md to --out. Exit status 1 if a contender failed, which is reported.
+From a normalised image to class ids at the same size, batch 1, without preprocessing. Weights are random: the time of a
+dense model does not depend on them. Writes inference_PRESET_SIZE_DEVICE.json and .md to --out. Exit status 1 if a
+variant failed.
 
-published-order      the published order of work with our modules, see published_order.py
-ours-plain           our model as `from_pretrained` gives it, `segment(...).argmax(1)`
-ours-exact           after `prepare_for_inference()`, `segment_labels(...)`
-ours-compiled        the same, the windows through torch.compile
-ours-bf16            as ours-exact, in bfloat16; ours-compiled-bf16: compiled too
-ours-int8            as ours-exact, the vision tower's products in 8 bits; on a CPU
-ours-exported        as ours-exact, the windows through onnxruntime (ONNX, see export_tqdm.py); on a CPU
-ours-no-overlap      as ours-exact, windows side by side; ours-no-overlap-bf16: in bfloat16 too
-ours-whole-image     as ours-exact, without windows; ours-whole-image-bf16: in bfloat16 too
-mask2former-swin-b, -l, eomt-b, -l, segformer-b5: transformers' own models and post-processing, see rivals.py
+published-order      the published order of work with our modules, see published.py
+ours-plain           our model as `from_pretrained` loads it, `segment(...).argmax(1)`
+ours-exact           after `ready_to_predict`, `segment_labels(...)`
+ours-compiled        the same with torch.compile
+ours-bf16            ours-exact in bfloat16; ours-compiled-bf16: with torch.compile
+ours-int8            ours-exact, the vision tower's products in 8 bits; CPU
+ours-exported        ours-exact through onnxruntime (ONNX, see tqdm-seg export); CPU
+ours-no-overlap      ours-exact, windows that do not overlap; ours-no-overlap-bf16
+ours-whole-image     ours-exact without windows; ours-whole-image-bf16
+mask2former-swin-b, -l, eomt-b, -l, segformer-b5: transformers' models and post-processing, see other_models.py
 """
 
-import argparse
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
-from measure import (
-    RESULTS,
-    Contender,
-    Settings,
-    Work,
-    exit_status,
-    find_device,
-    markdown_table,
-    measure,
-    run_facts,
-    write_results,
-)
-from published_order import PARTS, PUBLISHED_SECONDS, PublishedOrder, time_parts
-from rivals import RIVALS, build_rival
+from measure import Builder, Settings, Work, choose, main, measure, parts_table, write_results
+from other_models import OTHER_MODELS, build_other
+from published import INFERENCE_SECONDS, PublishedOrder
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
@@ -50,14 +37,27 @@ from tqdm_seg.deploy.export import OnnxSegmenter, WindowModel, export_onnx
 from tqdm_seg.deploy.options import OPSET
 from tqdm_seg.deploy.speed import DTYPES, ready_to_predict
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
-from tqdm_seg.program import size as image_size
+from tqdm_seg.program import option, size
 
 BASELINES = ["published-order", "mask2former-swin-b"]
 
 
+@dataclass(kw_only=True)
+class InferenceSettings(Settings):
+    """Options."""
+
+    preset: str = option("clip_vit_b16", choices=sorted(PRESETS), help="of our model (default: %(default)s)")
+    size: tuple[tuple[int, int], ...] = option(
+        ((512, 512), (1024, 2048)), nargs="+", type=size, metavar="HxW", help="images (default: 512x512 1024x2048)"
+    )
+    precision: Literal["fp32", "bf16", "both"] = option(
+        "fp32", help="of the other models; Mask2Former Swin-B always runs in bf16 too (default: %(default)s)"
+    )
+
+
 @dataclass(frozen=True)
 class Mode:
-    """How our model is run, with `ready_to_predict`. windows: False for whole images."""
+    """How our model runs. windows: False for whole images."""
 
     precision: str = "fp32"
     compiled: bool = False
@@ -78,34 +78,39 @@ OURS = {
 }
 
 
-def random_image(size: tuple[int, int], device: torch.device, number: int) -> Tensor:
+def random_image(shape: tuple[int, int], device: torch.device, number: int) -> Tensor:
     """pixel_values (1, 3, H, W), the same for the same number."""
-    return torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(number)).to(device)
+    return torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(number)).to(device)
 
 
 def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentation:
-    """The model of a preset with random weights, always the same ones."""
+    """The model of a preset with the same random weights every time."""
     torch.manual_seed(0)
     model = TqdmForSemanticSegmentation(TqdmConfig.from_preset(preset)).eval().to(device)
-    return model.requires_grad_(False)  # the counter of operations fails on others in inference mode
+    return model.requires_grad_(False)  # in inference mode the counter of operations fails on others
 
 
-def build_published(preset: str, size: tuple[int, int], device: torch.device) -> Work:
-    """The published order of work."""
+def build_published(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
+    """The published order of work; its parts are those of one window."""
     order = PublishedOrder(random_model(preset, device))
-    notes = "" if device.type == "cpu" else "samples by grid_sample; the published code has a compiled kernel for that"
-    return Work(order, partial(random_image, size, device), numbers=torch.no_grad()(order.scores), notes=notes)
-
-
-def build_plain(preset: str, size: tuple[int, int], device: torch.device) -> Work:
-    """Our model as it is loaded."""
-    model = random_model(preset, device)
+    side = order.model.config.window_size
     return Work(
-        lambda image: model.segment(image).argmax(1), partial(random_image, size, device), numbers=model.segment
+        order,
+        partial(random_image, shape, device),
+        numbers=order.scores,
+        parts=lambda image: order.parts(image[..., :side, :side]),
+        notes="" if device.type == "cpu" else "samples by grid_sample; the published code has a compiled kernel",
     )
 
 
-def prepared_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSemanticSegmentation:
+def build_plain(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
+    """Our model as loaded."""
+    model = random_model(preset, device)
+    inputs = partial(random_image, shape, device)
+    return Work(lambda image: model.segment(image).argmax(1), inputs, numbers=model.segment)
+
+
+def ready_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSemanticSegmentation:
     """Our model in one of its modes."""
     model = ready_to_predict(random_model(preset, device), mode.precision, mode.compiled)
     if not mode.overlap:
@@ -116,144 +121,78 @@ def prepared_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSema
 
 
 def eager_float32(preset: str, mode: Mode, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """What a mode computes as the counter of operations can see it."""
-    return prepared_model(preset, replace(mode, precision="fp32", compiled=False), device).segment_labels
+    """A mode in a form that the counter of operations can look into."""
+    return ready_model(preset, replace(mode, precision="fp32", compiled=False), device).segment_labels
 
 
-def build_ours(preset: str, size: tuple[int, int], mode: Mode, device: torch.device) -> Work:
+def build_ours(preset: str, shape: tuple[int, int], mode: Mode, device: torch.device) -> Work:
     """Our model in one of its modes."""
-    model = prepared_model(preset, mode, device)
-    quantised = mode.precision == "int8"
+    model, quantised = ready_model(preset, mode, device), mode.precision == "int8"
     return Work(
         call=model.segment_labels,
-        inputs=partial(random_image, size, device),
-        dtype=DTYPES[mode.precision],
+        inputs=partial(random_image, shape, device),
+        dtype=torch.int8 if quantised else DTYPES[mode.precision],
         numbers=model.segment,
         counted=partial(eager_float32, preset, mode, device) if mode.compiled or quantised else None,
-        notes="only the vision tower is in 8 bits; utilisation is of 8-bit products all the same" if quantised else "",
+        notes="8 bits in the vision tower only; utilisation is of 8-bit products all the same" if quantised else "",
     )
 
 
-def build_exported(preset: str, size: tuple[int, int], device: torch.device) -> Work:
-    """Our model as onnxruntime computes it."""
-    model = prepared_model(preset, Mode(), device)
-    folder = Path(tempfile.mkdtemp())
+def build_exported(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
+    """Our model in onnxruntime."""
+    model, folder = ready_model(preset, Mode(), device), Path(tempfile.mkdtemp())
     export_onnx(WindowModel(model), folder / "window.onnx", OPSET)
     model.config.to_json_file(folder / "config.json")
     runtime = OnnxSegmenter(folder)
     return Work(
         call=runtime.segment_labels,
-        inputs=partial(random_image, size, device),
+        inputs=partial(random_image, shape, device),
         numbers=runtime.segment,
         counted=partial(eager_float32, preset, Mode(), device),
-        notes="deformable attention by grid_sample; peak memory with what is left of the export in the same process",
+        notes="deformable attention by grid_sample; peak memory includes what the export left in the process",
     )
 
 
-def all_contenders(preset: str, size: tuple[int, int], precision: str, device: torch.device) -> list[Contender]:
-    """Everything that can be run at this size on this device; precision: of the rivals."""
+def all_variants(settings: InferenceSettings, shape: tuple[int, int]) -> dict[str, Builder]:
+    """Everything that runs at this size on this device."""
+    preset, on_cpu = settings.preset, settings.torch_device.type == "cpu"
     window = TqdmConfig.from_preset(preset).window_size
-    contenders = [Contender("published-order", partial(build_published, preset, size))]
-    contenders.append(Contender("ours-plain", partial(build_plain, preset, size)))
+    variants = {
+        "published-order": partial(build_published, preset, shape), "ours-plain": partial(build_plain, preset, shape)
+    }  # fmt: skip
     for name, mode in OURS.items():
-        slides = max(size) > window or (mode.windows and mode.overlap)
-        if slides and (device.type == "cpu" or mode.precision != "int8"):
-            contenders.append(Contender(name, partial(build_ours, preset, size, mode)))
-    if device.type == "cpu" and min(size) >= window:
-        contenders.append(Contender("ours-exported", partial(build_exported, preset, size)))
-    for name in RIVALS:
-        if precision != "bf16":
-            contenders.append(Contender(name, partial(build_rival, name, size, torch.float32)))
-        if precision != "fp32" or name == BASELINES[1]:
-            contenders.append(Contender(f"{name}-bf16", partial(build_rival, name, size, torch.bfloat16)))
-    return contenders
+        differs = max(shape) > window or (mode.windows and mode.overlap)
+        if differs and (on_cpu or mode.precision != "int8"):
+            variants[name] = partial(build_ours, preset, shape, mode)
+    if on_cpu and min(shape) >= window:
+        variants["ours-exported"] = partial(build_exported, preset, shape)
+    for name in OTHER_MODELS:
+        if settings.precision != "bf16":
+            variants[name] = partial(build_other, name, shape, torch.float32)
+        if settings.precision != "fp32" or name == BASELINES[1]:
+            variants[f"{name}-bf16"] = partial(build_other, name, shape, torch.bfloat16)
+    return variants
 
 
-def time_split(preset: str, settings: Settings) -> tuple[dict[str, float], str]:
-    """Seconds of the parts of the published order on one window, and a table beside the published code's own."""
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    device = find_device(settings.device)
-    order = PublishedOrder(random_model(preset, device))
-    size = (order.config.window_size, order.config.window_size)
-    runs = [time_parts(order, random_image(size, device, number)) for number in range(settings.repeats + 1)]
-    parts = {part: statistics.median(run[part] for run in runs[1:]) for part in (*PARTS, "rest")}
-    total = sum(parts.values())
-    header = ["published order, one window", "seconds", "share"]
-    rows = [[part.replace("_", " "), f"{value:.3f}", f"{value / total:.1%}"] for part, value in parts.items()]
-    rows.append(["total", f"{total:.3f}", "100.0%"])
-    remark = ""
-    if preset == "clip_vit_b16":
-        header += ["published code: seconds", "share"]
-        theirs = sum(PUBLISHED_SECONDS.values())
-        for row, part in zip(rows, PUBLISHED_SECONDS, strict=False):
-            row += [f"{PUBLISHED_SECONDS[part]:.3f}", f"{PUBLISHED_SECONDS[part] / theirs:.1%}"]
-        rows[-1] += [f"{theirs:.3f}", "100.0%"]
-        remark = "\n\nThe published code was measured once, on another machine, with torch 2.13 and 2 threads: quoted."
-    return parts, markdown_table(header, rows) + remark
-
-
-def remarks_on(preset: str) -> str:
-    """What all figures have in common, for the Markdown."""
-    config = TqdmConfig.from_preset(preset)
-    return (
-        "From a normalised image to the map of class ids at the same size; preprocessing is left out for all. Weights "
-        f"are random. Our model and the published order slide windows of {config.window_size} every "
-        f"{config.window_stride} pixels; the others run as their image processors ask for.\n\n"
-    )
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="clip_vit_b16", help="of our model (%(default)s)")
-    parser.add_argument(
-        "--size", nargs="+", type=image_size, default=[(512, 512), (1024, 2048)],
-        help="image HEIGHTxWIDTH, one or more (default: 512x512 1024x2048)",
-    )  # fmt: skip
-    parser.add_argument("--contenders", nargs="+", metavar="NAME", help="these only, as named above (default: all)")
-    parser.add_argument(
-        "--precision", choices=["fp32", "bf16", "both"], default="fp32",
-        help="of transformers' models; Mask2Former Swin-B is run in bfloat16 too in any case (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that are timed (default: %(default)s)")
-    parser.add_argument("--warm-ups", type=int, help="calls before them (default: 1 on a CPU, 5 on a GPU)")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=0, help="0 for torch's own number (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: %(default)s)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the suite at every size; returns the exit status."""
-    args = make_parser().parse_args(argv)
-    settings = Settings(args.repeats, args.warm_ups, args.device, args.threads)
-    device = find_device(args.device)
-    facts = run_facts(settings) | {"preset": args.preset}
-    races = {size: all_contenders(args.preset, size, args.precision, device) for size in args.size}
-    if args.contenders:
-        known = list(dict.fromkeys(contender.name for race in races.values() for contender in race))
-        if unknown := sorted(set(args.contenders) - set(known)):
-            raise SystemExit(f"no contender {', '.join(unknown)} at this size; there are {', '.join(known)}")
-        races = {size: [one for one in race if one.name in args.contenders] for size, race in races.items()}
-    status = 0
-    for size, contenders in races.items():
-        published = BASELINES[0] in [contender.name for contender in contenders]
-        results = measure(contenders, settings, BASELINES[0] if published else None)
-        parts, remarks = time_split(args.preset, settings) if published else ({}, "")
-        shape = f"{size[0]}x{size[1]}"
-        write_results(
-            args.out,
-            f"inference_{args.preset}_{shape}_{device.type}",
-            f"Inference: {args.preset}, {shape}, batch 1",
-            results,
-            BASELINES,
-            facts | {"published_order_parts": parts},
-            remarks_on(args.preset) + remarks,
+def measure_inference(settings: InferenceSettings) -> int:
+    """Measures at every size; returns the exit status."""
+    plans = {shape: choose(all_variants(settings, shape), settings.only) for shape in settings.size}
+    config, status = TqdmConfig.from_preset(settings.preset), 0
+    quoted = INFERENCE_SECONDS if settings.preset == "clip_vit_b16" else None
+    for shape, variants in plans.items():
+        results, words = measure(variants, settings), "x".join(map(str, shape))
+        remarks = (
+            "From a normalised image to class ids at the same size, without preprocessing; random weights. Our model "
+            f"and the published order slide windows of {config.window_size} every {config.window_stride} pixels; the "
+            "others run as their image processors ask for. Parts are those of one window.\n\n"
         )
-        status = max(status, exit_status(results))
+        name = f"inference_{settings.preset}_{words}_{settings.torch_device.type}"
+        title = f"Inference: {settings.preset}, {words}, batch 1"
+        status |= write_results(
+            settings, name, title, results, BASELINES, remarks + parts_table(results, quoted), preset=settings.preset
+        )
     return status
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(measure_inference, InferenceSettings, __doc__)

@@ -1,56 +1,52 @@
-"""Contenders beside each other: seconds, peak memory, operations and utilisation, each in a process of its own.
+"""Seconds, peak memory, operations and utilisation of variants, each in its own process, in turns.
 
-A suite is a list of `Contender`s, given to `measure`, whose results `write_results` puts on disk:
-
-    def build(width: int, device: torch.device) -> Work:      # a module-level function: it runs in the other process
+    def build(width: int, device: torch.device) -> Work:  # a function of a module: it runs in another process
         layer = torch.nn.Linear(width, width).to(device)
-        return Work(call=layer, inputs=lambda number: torch.randn(9, width, device=device))
+        return Work(layer, inputs=lambda number: torch.randn(9, width, device=device))
 
-    settings = Settings(repeats=5)
-    results = measure([Contender("plain", partial(build, 64))], settings, compare_with="plain")
-    write_results(RESULTS, "layer", "A linear layer", results, ["plain"], run_facts(settings))
-    sys.exit(exit_status(results))
+    results = measure({"plain": partial(build, 64)}, settings := Settings(repeats=5))
+    write_results(settings, "layer", "A linear layer", results, baselines=["plain"])
 
-Every process stays alive and only one computes at a time. After the warm-ups they take turns, round by round, so that
-other load on the machine hits all alike. Before each timed call the caches are overwritten, the call gets inputs that
-were made for it alone, and the rate of a large matrix product in the contender's precision is measured beside it.
+Only one process computes at a time. After the warm-ups the variants take turns, so that other load on the machine hits
+all of them. Before each timed call the caches are overwritten and the rate of a large matrix product in the variant's
+precision is measured; the call gets inputs that no other call has.
 
-What is reported of each contender:
-seconds: median over the rounds, with all of them beside it; the device is waited for before and after every call.
-memory: CPU: largest resident set during the timed calls less that after the imports, before anything was built (so
-    weights count); GPU: the allocator's largest amount during the calls. None where the system does not tell.
-operations: of one call by torch's counter, attention included: two per multiply-add of matrix products, convolutions
-    and attention. `NOT_COUNTED` says what it does not see.
-rate: operations per second of the largest of all matrix products of the run in this process and precision (the best
-    one, not the median: a low rate would flatter).
-utilisation: operations / seconds / rate.
-difference: largest absolute difference of its numbers from those of `compare_with`, on the same input; span: where the
-    numbers of `compare_with` lie, so that the difference says something.
+seconds: median over the rounds; ratios are medians of the ratios within a round.
+memory: CPU: largest resident set during the timed calls less that after the imports, so weights count; GPU: the
+    allocator's largest amount during the calls. None where the system does not tell.
+operations: of one call by torch's counter: two per multiply-add. `NOT_COUNTED` is left out.
+utilisation: operations / seconds / rate, the best matrix product in this process (a low rate would flatter).
+difference: largest absolute difference of its numbers from those of the first variant, on the same input.
+parts: seconds of the parts of a call, which wait for the device, so they are measured after the timed rounds.
 """
 
 import ctypes
 import gc
 import json
-import multiprocessing
 import os
 import platform
 import shlex
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
-from multiprocessing.connection import Connection
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
+import psutil
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from tqdm_seg.program import names, option, parse, run
 
 NOT_COUNTED = (
     "grid_sample, gather and embedding_bag, interpolation, normalisation, softmax, activations and all other "
@@ -58,21 +54,18 @@ NOT_COUNTED = (
 )
 FLUSH_BYTES = 256 * 2**20  # several times any last-level cache
 RESULTS = Path(__file__).parent / "results"
-# Of every contender's process: huge pages, as predict.py and evaluate_tqdm.py have them.
-ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}
+ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages, as predict and evaluate use them
+CPU = torch.device("cpu")
 
 
 @dataclass
 class Work:
-    """What a contender does once it is built.
+    """A variant that is built; only `call` is timed.
 
-    call: inputs -> anything; the only part that is timed.
-    inputs: number of the call -> its inputs, on the device; the same number gives every contender the same numbers.
-    dtype: of its matrix products, in which the rate is measured.
-    numbers: inputs -> tensor that is compared with the other contenders', or none.
-    counted: makes what is counted instead of `call` where the counter cannot look into that (compiled, quantised or
-    exported code): a function of the inputs. Called after everything else, so it may take memory.
-    notes: what the reader should know about this contender.
+    inputs: number of the call -> its inputs on the device, the same for the same number. dtype: of its matrix products.
+    numbers: inputs -> the tensor that is compared between variants. counted: makes the function of the inputs whose
+    operations are counted, where the counter cannot look into `call` (compiled, quantised or exported code).
+    parts: inputs -> seconds of the parts of a call.
     """
 
     call: Callable[[Any], Any]
@@ -80,43 +73,41 @@ class Work:
     dtype: torch.dtype = torch.float32
     numbers: Callable[[Any], Tensor] | None = None
     counted: Callable[[], Callable[[Any], Any]] | None = None
+    parts: Callable[[Any], dict[str, float]] | None = None
     notes: str = ""
 
 
-@dataclass
-class Contender:
-    """A name and the function that builds its `Work` on a device; picklable: a function of a module, or a partial."""
-
-    name: str
-    build: Callable[[torch.device], Work]
+Builder = Callable[[torch.device], Work]  # can be pickled: a function of a module, or a partial of one
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Settings:
-    """device: "cpu", "cuda" or "auto". threads: 0 leaves torch's own number. pause: seconds of rest before a call.
+    """Options of every benchmark of variants."""
 
-    warm_ups: calls before the timed ones, None: 1 on a CPU, 5 on a GPU. product_size: side of the matrix product, 0:
-    2048 on a CPU, 8192 on a GPU.
-    """
-
-    repeats: int = 5
-    warm_ups: int | None = None
-    device: str = "auto"
-    threads: int = 0
-    pause: float = 0.2  # the idle threads of the contender before spin for a moment
-    product_size: int = 0
+    only: tuple[str, ...] | None = option(None, type=names, metavar="A,B", help="run these variants (default: all)")
+    repeats: int = option(5, help="timed rounds (default: %(default)s)")
+    warm_ups: int | None = option(None, help="calls before them (default: 1 on a CPU, 5 on a GPU)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="(default: %(default)s)")
+    threads: int = option(0, help="CPU threads; 0: torch's default (default: %(default)s)")
+    pause: float = option(0.2, help="seconds before a call, in which idle threads settle (default: %(default)s)")
+    product_size: int | None = option(None, help="side of the matrix product (default: 2048 on a CPU, 8192 on a GPU)")
+    out: Path = option(RESULTS, help="folder of the results (default: %(default)s)")
 
     def __post_init__(self):
-        on_cpu = find_device(self.device).type == "cpu"
-        if self.warm_ups is None:
-            self.warm_ups = 1 if on_cpu else 5
-        if self.product_size == 0:
-            self.product_size = 2048 if on_cpu else 8192
+        on_cpu = self.torch_device.type == "cpu"
+        self.warm_ups = (1 if on_cpu else 5) if self.warm_ups is None else self.warm_ups
+        self.product_size = self.product_size or (2048 if on_cpu else 8192)
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device == "auto" and torch.accelerator.is_available():
+            return torch.accelerator.current_accelerator()
+        return torch.device(self.device.replace("auto", "cpu"))
 
 
 @dataclass
 class Result:
-    """What was measured of one contender, see the top of this file; error holds the traceback of one that failed."""
+    """Measurements of one variant, see the top of this file; `error` is the traceback of one that failed."""
 
     name: str
     seconds: float | None = None
@@ -126,93 +117,73 @@ class Result:
     rate: float | None = None
     utilisation: float | None = None
     difference: float | None = None
-    span: tuple[float, float] | None = None
+    span: tuple[float, float] | None = None  # of the numbers that the others are compared with
     dtype: str = ""
     build_seconds: float | None = None
     warm_up_seconds: list[float] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
     notes: str = ""
     error: str | None = None
 
-
-def find_device(name: str) -> torch.device:
-    """The device of this name; "auto" is the accelerator, if there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    @property
+    def last_line(self) -> str:
+        return self.error.strip().splitlines()[-1]
 
 
-def synchronise(device: torch.device) -> None:
-    """Waits until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize()
+def main(program: Callable[[Any], Any], settings: type, description: str) -> None:
+    """Runs a benchmark with the options of the command line and exits."""
+    sys.exit(run(lambda: program(parse(settings, description, sys.argv[1:]))))
 
 
-def status_bytes(name: str) -> int | None:
-    """VmRSS, VmHWM ... of this process in bytes; none where there is no /proc."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-    return int(lines[name].split()[0]) * 1024
+def choose(variants: dict[str, Builder], only: tuple[str, ...] | None) -> dict[str, Builder]:
+    """The variants of these names; raises ValueError for unknown names."""
+    if unknown := sorted(set(only or ()) - set(variants)):
+        raise ValueError(f"no variant {', '.join(unknown)}; choose from {', '.join(variants)}")
+    return {name: build for name, build in variants.items() if only is None or name in only}
 
 
-def reset_peak(device: torch.device) -> None:
-    """From here on `peak_memory` counts anew."""
-    if device.type != "cpu":
-        torch.accelerator.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+# ---- one call
 
 
-def peak_memory(device: torch.device, base: int | None) -> int | None:
-    """Bytes, see the top of this file; base: the resident set before anything was built."""
-    if device.type != "cpu":
-        return torch.accelerator.max_memory_allocated()
-    peak = status_bytes("VmHWM")
-    return None if peak is None or base is None else peak - base
+class Stopwatch:
+    """Seconds by part, waiting for the device after each."""
+
+    def __init__(self, device: torch.device = CPU):
+        self.device, self.seconds = device, {}
+        self.start = self.now()
+
+    def now(self) -> float:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """Adds the time since the last lap to a part."""
+        end = self.now()
+        self.seconds[part] = self.seconds.get(part, 0) + end - self.start
+        self.start = end
 
 
-def release_memory() -> None:
-    """Gives what Python and the C library keep for later back to the system, so that it is not taken for used."""
-    gc.collect()
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc has it, musl does not
+def seconds_of(call: Callable[[], Any], device: torch.device = CPU) -> float:
+    """Wall-clock time of a call; its result is freed after the clock."""
+    watch, result = Stopwatch(device), call()  # noqa: F841
+    return watch.now() - watch.start
 
 
-def flush_caches(device: torch.device) -> None:
-    """Overwrites the caches, so that no call finds its inputs or weights there."""
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device).fill_(1)
-
-
-def product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations per second of the better of two products of (size, size) matrices; int8 sums up in int32."""
-    if dtype == torch.int8:
-        a, b = (torch.randint(-128, 128, (size, size), dtype=dtype, device=device) for _ in range(2))
-    else:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-    seconds = []
-    for _ in range(3):
-        synchronise(device)
-        start = time.perf_counter()
-        multiply(a, b)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds[1:])
+def take_turns(timers: dict[str, Callable[[], float]], rounds: int) -> list[Result]:
+    """For small work inside this process: every timer returns seconds; the first round only warms up."""
+    times = [[timer() for timer in timers.values()] for _ in range(rounds + 1)][1:]
+    columns = dict(zip(timers, zip(*times, strict=True), strict=True))
+    return [Result(name, statistics.median(column), list(column)) for name, column in columns.items()]
 
 
 def count_operations(call: Callable[[], Any]) -> int:
-    """Operations of a call by torch's counter, which by itself leaves out the attention operator of CPUs."""
-
-    def attention(query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    def attention_backward(grad: tuple, query: tuple, key: tuple, value: tuple, *_: Any, **__: Any) -> int:
-        return sdpa_backward_flop_count(grad, query, key, value)
-
+    """Operations of a call by torch's counter, to which the attention operators of CPUs are added."""
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     own = {
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+        attention: lambda query, key, value, *_, **__: sdpa_flop_count(query, key, value),
+        backward: lambda grad, query, key, value, *_, **__: sdpa_backward_flop_count(grad, query, key, value),
     }
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         call()
@@ -220,286 +191,265 @@ def count_operations(call: Callable[[], Any]) -> int:
 
 
 class Worker:
-    """A contender inside its process; `serve` calls these methods by name."""
+    """A variant inside its process."""
 
-    def __init__(self, contender: Contender, settings: Settings):
-        self.contender, self.settings = contender, settings
+    def __init__(self, build: Builder, settings: Settings):
+        os.environ.update(ENVIRONMENT)  # read by torch at the first tensor
         if settings.threads:
             torch.set_num_threads(settings.threads)
-        self.device = find_device(settings.device)
-        self.base = status_bytes("VmRSS")
-
-    def ready(self) -> None:
-        """Answers once the imports are done, so that no building is timed beside them."""
+        self.builder, self.settings, self.device = build, settings, settings.torch_device
+        self.base = psutil.Process().memory_info().rss
 
     def build(self) -> dict[str, Any]:
-        """Builds the work, from the same random numbers for every contender, and takes its facts for the `Result`."""
+        """Builds the work, with the same random numbers for every variant; returns fields of the `Result`."""
         torch.manual_seed(0)
-        start = time.perf_counter()
-        self.work = self.contender.build(self.device)
-        synchronise(self.device)
-        seconds = time.perf_counter() - start
-        release_memory()
+        watch = Stopwatch(self.device)
+        self.work = self.builder(self.device)
+        seconds = watch.now() - watch.start
+        gc.collect()
+        if sys.platform == "linux":
+            getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc: freed memory back to the system
         dtype = str(self.work.dtype).removeprefix("torch.")
         return {"build_seconds": seconds, "dtype": dtype, "notes": self.work.notes}
 
     def call(self, number: int) -> tuple[float, int | None]:
         """Seconds and peak memory of one call."""
-        inputs = self.work.inputs(number)
-        flush_caches(self.device)
+        inputs, on_cpu, memory = self.work.inputs(number), self.device.type == "cpu", None
+        torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device).fill_(1)
         gc.collect()
-        synchronise(self.device)
-        reset_peak(self.device)
-        start = time.perf_counter()
-        result = self.work.call(inputs)
-        synchronise(self.device)
-        seconds = time.perf_counter() - start
-        memory = peak_memory(self.device, self.base)
-        del result
+        if not on_cpu:
+            torch.accelerator.reset_peak_memory_stats()
+        elif sys.platform == "linux":  # `resource` only has the peak of the whole life of a process
+            Path("/proc/self/clear_refs").write_text("5")
+        seconds = seconds_of(lambda: self.work.call(inputs), self.device)
+        if not on_cpu:
+            memory = torch.accelerator.max_memory_allocated()
+        elif sys.platform == "linux":
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            memory = int(status["VmHWM"].split()[0]) * 1024 - self.base
         return seconds, memory
 
     def rate(self) -> float:
-        """Operations per second of a matrix product in the contender's precision."""
-        return product_rate(self.device, self.work.dtype, self.settings.product_size)
+        """Operations per second of the better of two matrix products in the variant's precision."""
+        size, dtype = self.settings.product_size, self.work.dtype
+        if dtype == torch.int8:
+            a, b = torch.randint(-128, 128, (2, size, size), dtype=dtype, device=self.device)
+        else:
+            a, b = torch.randn(2, size, size, device=self.device).to(dtype)
+        multiply = torch._int_mm if dtype == torch.int8 else torch.mm
+        return 2 * size**3 / min([seconds_of(lambda: multiply(a, b), self.device) for _ in range(3)][1:])
+
+    def numbers(self) -> np.ndarray | None:
+        return None if self.work.numbers is None else self.work.numbers(self.work.inputs(0)).float().cpu().numpy()
+
+    def parts(self) -> dict[str, float]:
+        """Medians over as many calls as were timed."""
+        if self.work.parts is None:
+            return {}
+        runs = [self.work.parts(self.work.inputs(number)) for number in range(self.settings.repeats + 1)][1:]
+        return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
 
     def operations(self) -> int:
-        """Of one call."""
         call = self.work.call if self.work.counted is None else self.work.counted()
         return count_operations(lambda: call(self.work.inputs(0)))
 
-    def numbers(self, path: Path) -> bool:
-        """Writes what the contenders are compared by; False if it has nothing of the kind."""
-        if self.work.numbers is None:
-            return False
-        torch.save(self.work.numbers(self.work.inputs(0)).float().cpu(), path)
-        return True
+
+def start_worker(build: Builder, settings: Settings) -> None:
+    """First call in the process of a variant."""
+    global worker
+    worker = Worker(build, settings)
 
 
-def serve(pipe: Connection, contender: Contender, settings: Settings) -> None:
-    """The process of a contender: does one request after the other, and answers (result, None) or (None, traceback)."""
-    os.environ.update(ENVIRONMENT)  # torch reads it at the first tensor
-    worker = Worker(contender, settings)
-    while (request := pipe.recv()) is not None:
-        name, *arguments = request
-        try:
-            pipe.send((getattr(worker, name)(*arguments), None))
-        except Exception:
-            pipe.send((None, traceback.format_exc()))
+def ask_worker(method: str, *arguments: Any) -> tuple[Any, str | None]:
+    """(result, None) of a method or (None, traceback), which can always be pickled."""
+    try:
+        return getattr(worker, method)(*arguments), None
+    except Exception:
+        return None, traceback.format_exc()
 
 
 class Runner:
-    """The near end of a contender's process. After its first failure it is asked nothing more."""
+    """This side of the process of a variant. After the first failure it answers None to everything."""
 
-    def __init__(self, contender: Contender, settings: Settings):
-        self.result = Result(contender.name)
-        self.peaks: list[int | None] = []
-        context = multiprocessing.get_context("spawn")
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=serve, args=(far, contender, settings), daemon=True)
-        self.process.start()
-        far.close()  # so that the end of the process ends the pipe
+    def __init__(self, name: str, build: Builder, settings: Settings):
+        self.result, self.settings = Result(name), settings
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), start_worker, (build, settings))
 
-    def ask(self, name: str, *arguments: Any) -> Any:
-        """The answer, or none from a contender that has failed."""
+    def ask(self, method: str, *arguments: Any) -> Any:
         if self.result.error is not None:
             return None
         try:
-            self.pipe.send((name, *arguments))
-            answer, self.result.error = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(10)
-            self.result.error = f"its process ended with exit code {self.process.exitcode} (-9: out of memory?)"
-            answer = None
+            answer, self.result.error = self.pool.submit(ask_worker, method, *arguments).result()
+        except BrokenProcessPool:
+            answer, self.result.error = None, "its process ended abruptly; probably out of memory"
         if self.result.error is not None:
-            print(f"{self.result.name} failed: {last_line(self.result.error)}", file=sys.stderr, flush=True)
+            print(f"{self.result.name} failed: {self.result.last_line}", file=sys.stderr, flush=True)
         return answer
 
-    def close(self) -> None:
-        """Ends the process."""
-        if self.process.is_alive() and self.result.error is None:
-            self.pipe.send(None)
-            self.process.join(10)
-        if self.process.is_alive():
-            self.process.terminate()
+    def prepare(self) -> None:
+        """Builds and warms up."""
+        for key, value in (self.ask("build") or {}).items():
+            setattr(self.result, key, value)
+        calls = [self.ask("call", number) for number in range(self.settings.warm_ups)]
+        self.result.warm_up_seconds = [answer[0] for answer in calls if answer]
+
+    def take_turn(self, number: int) -> None:
+        """The matrix product, a rest, the timed call."""
+        result, rate = self.result, self.ask("rate")
+        time.sleep(self.settings.pause)
+        if answer := self.ask("call", number):
+            seconds, peak = answer
+            result.rate = max(rate, result.rate or 0)
+            result.rounds.append(seconds)
+            result.memory = peak if peak is None else max(peak, result.memory or 0)
+            print(f"{result.name}: {seconds:.3f} s", flush=True)
+
+    def finish(self, wanted: np.ndarray | None) -> np.ndarray | None:
+        """Everything that is not timed; wanted: numbers of the first variant, which returns its own."""
+        result, numbers = self.result, self.ask("numbers")
+        if numbers is not None and wanted is None:
+            result.span = (float(numbers.min()), float(numbers.max()))
+        elif numbers is not None:
+            result.difference = float(np.abs(numbers - wanted).max())
+        result.parts = self.ask("parts") or {}
+        result.operations = self.ask("operations")
+        if result.error is None and result.rounds:
+            result.seconds = statistics.median(result.rounds)
+            result.utilisation = result.operations / result.seconds / result.rate if result.operations else None
+        return numbers if wanted is None else wanted
 
 
-def last_line(error: str) -> str:
-    """Of a traceback: what went wrong."""
-    return error.strip().splitlines()[-1]
+def measure(variants: dict[str, Builder], settings: Settings, in_turns: bool = True) -> list[Result]:
+    """Measures the variants round by round, or one after the other where together they would not fit the memory.
 
-
-def measure(contenders: list[Contender], settings: Settings, compare_with: str | None = None) -> list[Result]:
-    """Builds, warms up and times the contenders round by round; compares the numbers with those of the one named.
-
-    A contender that fails leaves its traceback in `Result.error`, and the others go on without it.
+    A variant that fails leaves its traceback in `Result.error`, and the others go on without it.
     """
-    names = [contender.name for contender in contenders]
-    if compare_with is not None and compare_with not in names:
-        raise ValueError(f"compare_with {compare_with!r} is none of the contenders: {', '.join(names)}")
-    runners = [Runner(contender, settings) for contender in contenders]
-    try:
-        for runner in runners:
-            runner.ask("ready")
-        for runner in runners:
-            for key, value in (runner.ask("build") or {}).items():
-                setattr(runner.result, key, value)
-            for number in range(settings.warm_ups):
-                if answer := runner.ask("call", number):
-                    runner.result.warm_up_seconds.append(answer[0])
-        for number in range(settings.warm_ups, settings.warm_ups + settings.repeats):
+    results, wanted = [], None
+    for group in [list(variants)] if in_turns else [[name] for name in variants]:
+        runners = [Runner(name, variants[name], settings) for name in group]
+        try:
             for runner in runners:
-                time_once(runner, number, settings)
-        if compare_with is not None:
-            compare(runners, next(runner for runner in runners if runner.result.name == compare_with))
-        for runner in runners:
-            runner.result.operations = runner.ask("operations")
-    finally:
-        for runner in runners:
-            runner.close()
-    for runner in runners:
-        summarise(runner)
-    return [runner.result for runner in runners]
+                runner.prepare()
+            for number in range(settings.warm_ups, settings.warm_ups + settings.repeats):
+                for runner in runners:
+                    runner.take_turn(number)
+            for runner in runners:
+                wanted = runner.finish(wanted)
+        finally:
+            for runner in runners:
+                runner.pool.shutdown()
+        results += [runner.result for runner in runners]
+    return results
 
 
-def time_once(runner: Runner, number: int, settings: Settings) -> None:
-    """One turn: the matrix product, a rest, the timed call."""
-    result = runner.result
-    rate = runner.ask("rate")
-    time.sleep(settings.pause)
-    answer = runner.ask("call", number)
-    if answer is not None:
-        result.rate = max(rate, result.rate or 0)
-        result.rounds.append(answer[0])
-        runner.peaks.append(answer[1])
-        print(f"{result.name}: {answer[0]:.3f} s", flush=True)
-
-
-def compare(runners: list[Runner], reference: Runner) -> None:
-    """Fills in the `difference` of each runner from the reference, and the `span` of the reference."""
-    with tempfile.TemporaryDirectory() as folder:
-        wanted_file, found_file = Path(folder) / "wanted.pt", Path(folder) / "found.pt"
-        if not reference.ask("numbers", wanted_file):
-            return
-        wanted = torch.load(wanted_file)
-        reference.result.span = (wanted.min().item(), wanted.max().item())
-        for runner in runners:
-            if runner is reference or not runner.ask("numbers", found_file):
-                continue
-            found = torch.load(found_file)
-            if found.shape != wanted.shape:
-                runner.result.error = f"its numbers are {tuple(found.shape)} and the reference's {tuple(wanted.shape)}"
-                continue
-            runner.result.difference = (found - wanted).abs().max().item()
-
-
-def summarise(runner: Runner) -> None:
-    """Median, peak and utilisation from the single calls; a contender that failed keeps none of them."""
-    result = runner.result
-    if result.error is not None or not result.rounds:
-        return
-    result.seconds = statistics.median(result.rounds)
-    known = [peak for peak in runner.peaks if peak is not None]
-    result.memory = max(known) if known else None
-    if result.operations:
-        result.utilisation = utilisation(result.operations, result.seconds, result.rate)
-
-
-def utilisation(operations: int, seconds: float, rate: float) -> float:
-    """Share of the matrix-product rate that was reached."""
-    return operations / seconds / rate
+# ---- results
 
 
 def speed_ratio(result: Result, other: Result) -> tuple[float, float, float] | None:
-    """How many times faster than the other: median, least and most of the rounds, both of the same round."""
+    """How many times faster than the other: median, least and most of the rounds."""
     if result.seconds is None or other.seconds is None:
         return None
     ratios = [theirs / mine for mine, theirs in zip(result.rounds, other.rounds, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
 
 
-def tf32_use(device: torch.device) -> str:
-    """Which float32 work a GPU may round to TF32, by torch's settings."""
-    if device.type != "cuda":
-        return "none"
-    used = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
-    return ", ".join(name for name, allowed in used.items() if allowed) or "none"
-
-
 def run_facts(settings: Settings) -> dict[str, Any]:
     """Date, versions, machine, threads and command of this run."""
-    device = find_device(settings.device)
+    gpu = settings.torch_device.type == "cuda"
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    tf32 = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "device": torch.cuda.get_device_name() if gpu else settings.torch_device.type,
         "processor": processor,
         "cores": os.cpu_count(),
         "threads": settings.threads or torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
-        "tf32": tf32_use(device),
+        "tf32": ", ".join(use for use, allowed in tf32.items() if allowed and gpu) or "none",
         "environment": ENVIRONMENT,
         "repeats": settings.repeats,
-        "order": "in which the contenders took turns",
+        "order": "in which the variants took turns",
         "warm_ups": settings.warm_ups,
         "not_counted": NOT_COUNTED,
     }
 
 
-def results_table(results: list[Result], baselines: list[str]) -> str:
-    """A Markdown table; baselines: contenders that the others' speed, and of the first one the memory, is divided by.
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """First column to the left, the others to the right."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
-    A baseline that was not run leaves its column empty.
+
+def cells(result: Result, baselines: list[Result]) -> dict[str, str]:
+    """The row of a variant by column."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else format(value, form)
+
+    row = {"variant": result.name, "seconds": shown(result.seconds, ".3g"), "least to most": "–"}
+    if result.error is not None:
+        row["seconds"] = f"failed: {result.last_line}"
+    elif result.rounds:
+        row["least to most"] = f"{min(result.rounds):.3g} to {max(result.rounds):.3g}"
+    for other in baselines:
+        row[f"speed / {other.name}'s"] = shown((speed_ratio(result, other) or [None])[0], ".2f")
+    row["GFLOP"] = shown(result.operations and result.operations / 1e9, ".4g")
+    row["utilisation"] = shown(result.utilisation, ".0%")
+    row["peak MB"] = shown(result.memory and result.memory / 1e6, ".0f")
+    for other in baselines[:1]:
+        ratio = result.memory / other.memory if result.memory and other.memory else None
+        row[f"memory / {other.name}'s"] = shown(ratio, ".2f")
+    row["exact to"] = shown(result.difference, ".1e")
+    row["first call s"] = shown(next(iter(result.warm_up_seconds), None), ".3g")
+    return row
+
+
+def results_table(results: list[Result], baselines: list[str], leave_out: tuple[str, ...] = ()) -> str:
+    """Markdown, without empty columns; baselines: what speed is divided by, and memory by the first.
+
+    Baselines that were not run have no column.
     """
     by_name = {result.name: result for result in results}
-    references = [by_name.get(name, Result(name)) for name in baselines]
-    header = ["contender", "seconds (least to most)", *(f"speed / {name}'s" for name in baselines)]
-    header += ["GFLOP", "utilisation", "peak MB", f"MB / {baselines[0]}'s", "exact to", "first call s"]
-    rows = []
-    for result in results:
-        if result.seconds is None:
-            rows.append([result.name, f"failed: {last_line(result.error)}", *["–"] * (len(header) - 2)])
-            continue
-        ratios = [speed_ratio(result, reference) for reference in references]
-        known = result.memory is not None and references[0].memory
-        rows.append(
-            [
-                result.name,
-                f"{result.seconds:.3g} ({min(result.rounds):.3g} to {max(result.rounds):.3g})",
-                *(shown(ratio and ratio[0], ".2f") for ratio in ratios),
-                shown(result.operations and result.operations / 1e9, ".4g"),
-                shown(result.utilisation, ".0%"),
-                shown(result.memory and result.memory / 1e6, ".0f"),
-                shown(result.memory / references[0].memory if known else None, ".2f"),
-                shown(result.difference, ".1e"),
-                shown(result.warm_up_seconds[0] if result.warm_up_seconds else None, ".3g"),
-            ]
-        )
-    return markdown_table(header, rows)
+    rows = [cells(result, [by_name[name] for name in baselines if name in by_name]) for result in results]
+    header = [key for key in rows[0] if key not in leave_out and any(row[key] != "–" for row in rows)]
+    return markdown_table(header, [[row[key] for key in header] for row in rows])
 
 
-def best_rates(results: list[Result]) -> str:
-    """The best matrix product of each precision in words."""
-    best: dict[str, float] = {}
+def parts_table(results: list[Result], quoted: dict[str, float] | None = None) -> str:
+    """Seconds and share of every part of a call. quoted: of the published code itself."""
+    rows, note = {result.name: result.parts for result in results if result.parts}, ""
+    if not rows:
+        return ""
+    parts = next(iter(rows.values()))
+    if quoted:
+        rows["published code (quoted)"] = quoted
+        note = "\n\nThe published code was measured once, on another machine, with torch 2.13 and 2 threads: quoted."
+    table = [
+        [name, *(f"{row[part]:.3g} ({row[part] / sum(row.values()):.0%})" if part in row else "–" for part in parts)]
+        for name, row in rows.items()
+    ]
+    return markdown_table(["seconds (share)", *parts], table) + note
+
+
+def page_of(title: str, results: list[Result], baselines: list[str], facts: dict[str, Any], remarks: str) -> str:
+    """Title, table, facts and what is to be known of the variants."""
+    rates: dict[str, float] = {}
     for result in results:
         if result.rate is not None:
-            best[result.dtype] = max(result.rate, best.get(result.dtype, 0))
-    return ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in best.items())
-
-
-def results_markdown(title: str, results: list[Result], baselines: list[str], facts: dict[str, Any]) -> str:
-    """The page of a suite: title, table, what the run was and what is to be known of the contenders."""
+            rates[result.dtype] = max(result.rate, rates.get(result.dtype, 0))
+    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
     lines = [
         f"# {title}",
         results_table(results, baselines),
         f"{facts['date']}, {facts['device']} ({facts['processor']}, {facts['threads']} of {facts['cores']} threads), "
         f"torch {facts['torch']}, transformers {facts['transformers']}. Medians of {facts['repeats']} rounds, "
         f"{facts['order']}, after {facts['warm_ups']} to warm up; ratios are medians over the rounds. "
-        f"Operations do not include {facts['not_counted']}. Matrix products: {best_rates(results)}. "
+        f"Operations do not include {facts['not_counted']}. Matrix products: {products or 'not measured'}. "
         f"TF32: {facts['tf32']}. For all: {' '.join(f'{k}={v}' for k, v in facts['environment'].items())}.",
         f"`{facts['command']}`",
         "\n".join(
@@ -510,41 +460,24 @@ def results_markdown(title: str, results: list[Result], baselines: list[str], fa
         ),
         "\n".join(f"- {result.name}: {result.notes}" for result in results if result.notes),
         "\n\n".join(f"{result.name} failed:\n\n```\n{result.error}\n```" for result in results if result.error),
+        remarks,
     ]
     return "\n\n".join(line for line in lines if line) + "\n"
 
 
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """First column to the left, the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def shown(value: float | None, form: str) -> str:
-    """A figure in this format, or a dash for none."""
-    return "–" if value is None else format(value, form)
-
-
 def write_results(
-    folder: Path,
+    settings: Settings,
     name: str,
     title: str,
     results: list[Result],
     baselines: list[str],
-    facts: dict[str, Any],
     remarks: str = "",
-) -> None:
-    """FOLDER/NAME.json and FOLDER/NAME.md; facts: of `run_facts`, with what the suite adds; remarks: more Markdown."""
-    from tqdm_seg.data.files import write_whole
-
-    contenders = [asdict(result) for result in results]
-    suite = {"title": title, "baselines": baselines, "facts": facts, "contenders": contenders}
-    page = results_markdown(title, results, baselines, facts) + (f"\n{remarks}\n" if remarks else "")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / f"{name}.json", (json.dumps(suite, indent=1) + "\n").encode())
-    write_whole(folder / f"{name}.md", page.encode())
-
-
-def exit_status(results: list[Result]) -> int:
-    """1 if a contender failed."""
+    **more: Any,
+) -> int:
+    """OUT/NAME.json and OUT/NAME.md; more: facts. Returns the exit status: 1 if a variant failed."""
+    facts = run_facts(settings) | more
+    suite = {"title": title, "baselines": baselines, "facts": facts, "variants": [asdict(result) for result in results]}
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / f"{name}.json").write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
+    (settings.out / f"{name}.md").write_text(page_of(title, results, baselines, facts, remarks), encoding="utf-8")
     return int(any(result.error is not None for result in results))

@@ -1,12 +1,10 @@
 """Leaked test scenes are found, by name, by time and by picture, and the published lists give the published overlap."""
 
 import csv
-import importlib.util
 import io
 import json
 import os
 import random
-import re
 import struct
 import subprocess
 import sys
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageEnhance
 from shard_helpers import LISTS as ALL_LISTS
-from shard_helpers import ROOT, orfd, png, prepare, save
+from shard_helpers import orfd, png, prepare, save
 
 from tqdm_seg.commands import start
 from tqdm_seg.data.audit import nearest_hashes
@@ -587,17 +585,3 @@ def test_reports_that_cannot_be_written_end_the_audit_before_the_work_where_that
 def test_impossible_options_give_status_2(option, audit):
     lists = [LISTS / "orfd_train_scenes.txt"] * 2
     assert audit(*lists, *option).status == 2
-
-
-def test_the_benchmark_measures_what_it_extrapolates_from(capsys):
-    spec = importlib.util.spec_from_file_location("audit_speed", ROOT / "benchmarks" / "audit_speed.py")
-    spec.loader.exec_module(benchmark := importlib.util.module_from_spec(spec))
-    benchmark.main(["--pictures", "1", "--rounds", "1", "--first", "600", "--second", "400"])
-    comparison, png, jpeg, audit, _ = capsys.readouterr().out.splitlines()
-    assert comparison.startswith("comparison  600 x 400 hashes: ") and audit.startswith(
-        "audit       600 x 400 pictures"
-    )
-    for line in (png, jpeg):
-        hashed, decoded = (float(number) for number in re.findall(r"([\d.]+) pictures/s", line))
-        ratio = float(line.split("ratio ")[1])
-        assert hashed > 0 and ratio == pytest.approx(hashed / decoded, rel=0.1)

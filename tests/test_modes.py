@@ -70,11 +70,11 @@ def test_what_cannot_be_is_refused(monkeypatch):
 def test_the_table_of_changes_tells_a_mode_from_none(tmp_path, monkeypatch):
     model = micro_model(id2label={0: "non-traversable", 1: "traversable"}, window_size=None)
     save_model_folder(model, TqdmImageProcessor(), tmp_path / "model")
-    monkeypatch.setattr(
-        mode_changes, "PICTURES", ("examples/orfd_mini/*.png", "examples/frames/*/*/image_data/*296.png")
+    monkeypatch.setattr(mode_changes, "IMAGES", ("examples/orfd_mini/*.png", "examples/frames/*/*/image_data/*296.png"))
+    settings = mode_changes.ModeSettings(
+        model=tmp_path / "model", out=tmp_path, only=("float32, as loaded", "bfloat16")
     )
-    words = ["--model", tmp_path / "model", "--out", tmp_path, "--modes", "float32, as loaded", "bfloat16"]
-    mode_changes.main([*map(str, words)])
+    mode_changes.measure_modes(settings)
     same, coarse = json.loads((tmp_path / "mode_changes.json").read_text())["rows"]
     assert same["pack_difference"] < 5e-4 < coarse["pack_difference"]
     assert same["pack_pixels_changed"] == same["pixels_changed"] == 0 < coarse["pack_pixels_changed"]

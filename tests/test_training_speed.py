@@ -9,14 +9,21 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import pytest
 import torch
-import training_speed
 from conftest import micro_model
-from published_training import PublishedTraining, full_size_masks
+from published import TRAINING_SECONDS, PublishedTraining, full_size_masks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from training_speed import BASELINE, PARTS, Mode, Setting, build_ours, build_published, points_of
+from training_speed import (
+    BASELINE,
+    Mode,
+    TrainingSettings,
+    build_ours,
+    build_published,
+    drawn_points,
+    measure_training,
+)
 
 from tqdm_seg.loss_tqdm import count_losses, supervised_masks
 from tqdm_seg.training.batches import model_inputs
@@ -32,14 +39,14 @@ def test_the_published_order_gives_losses_and_gradients_of_the_model(model, imag
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     labels[0, :9] = 255
     batch = {"pixel_values": images, "labels": labels, "mask_index": supervised_masks(labels, 3)}
+    points = drawn_points(model, batch)
+    expected_outputs = model.model(images)
     published = PublishedTraining(model)
-    published.reference_text = -published.reference_text  # both take it from what is given
-    reference = published.reference_embedding(images + 1)
-    points = points_of(model, batch)
-    masks = full_size_masks(labels, batch["mask_index"])
-    found = published.losses(batch | {"masks": masks}, reference, points)
+    published.teacher_text = -published.teacher_text  # both take it from what is given
+    teacher = published.teacher_embedding(images + 1)
+    found = published.losses(batch | {"masks": full_size_masks(labels, batch["mask_index"])}, teacher, points)
     expected = model.compute_losses(
-        model.model(images), labels, batch["mask_index"], reference, published.reference_text, points=points
+        expected_outputs, labels, batch["mask_index"], teacher, published.teacher_text, points=points
     )
     assert found.keys() == expected.keys()
     gradients = []
@@ -52,40 +59,38 @@ def test_the_published_order_gives_losses_and_gradients_of_the_model(model, imag
     assert (gradients[0] - gradients[1]).abs().max() < 1e-4 * gradients[1].abs().max()
 
 
-def test_every_mode_makes_the_published_step(tmp_path):
-    setting, device = Setting("tiny", 64, 2, tmp_path), torch.device("cpu")
-    build_published(False, setting, device)
-    wanted = torch.load(tmp_path / f"{BASELINE}.pt")
+@pytest.mark.slow
+def test_every_mode_makes_the_published_step():
+    settings, device = TrainingSettings(preset="tiny", size=(64, 64), batch_size=2, device="cpu"), torch.device("cpu")
+    published = build_published(settings, False, device)
+    wanted = published.numbers(None)
     modes = {
-        "exact": (Mode(), 1e-5),
-        "checkpointing": (Mode(checkpointing=True), 1e-5),
-        "compiled": (Mode(compiled="eager"), 1e-5),
-        "bf16": (Mode(torch.bfloat16, "bf16"), 0.05),
-    }
-    for name, (mode, tolerance) in modes.items():
-        work = build_ours(name, setting, mode, device)
-        found = torch.load(tmp_path / f"{name}.pt")
-        torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
+        Mode(): 1e-5, Mode(checkpointing=True): 1e-5, Mode(compiled="eager"): 1e-5,
+        Mode(torch.bfloat16, torch.bfloat16): 0.05,
+    }  # fmt: skip
+    for mode, tolerance in modes.items():
+        work = build_ours(settings, mode, device)
+        torch.testing.assert_close(work.numbers(None), wanted, rtol=tolerance, atol=tolerance)
         work.call(work.inputs(1))
         work.counted()(work.inputs(2))
-        steps = json.loads((tmp_path / f"{name}.json").read_text())
-        assert len(steps) == 1 and len(steps[0]) == len(PARTS) and all(seconds > 0 for seconds in steps[0])
+        parts = work.parts(work.inputs(3))
+        assert parts.keys() >= TRAINING_SECONDS.keys() and all(seconds > 0 for seconds in parts.values())
+    assert published.parts(published.inputs(3)).keys() == parts.keys()
 
 
-def test_the_suite_runs_from_end_to_end(tmp_path, capsys):
-    argv = "--preset tiny --size 64 --contenders ours-exact --repeats 1 --device cpu --threads 1 --out"
-    assert training_speed.main([*argv.split(), str(tmp_path)]) == 0
+@pytest.mark.slow
+def test_training_is_measured_from_end_to_end(tmp_path, capsys):
+    settings = TrainingSettings(
+        preset="tiny", size=(64, 64), only=("ours-exact",), repeats=1, device="cpu", threads=1, pause=0,
+        product_size=64, out=tmp_path,
+    )  # fmt: skip
+    assert measure_training(settings) == 0
     suite = json.loads((tmp_path / "training_tiny_64x64_cpu.json").read_text(encoding="utf-8"))
-    published, ours = suite["contenders"]
+    published, ours = suite["variants"]
+    assert published["name"] == BASELINE and suite["facts"]["batch_size"] == 1
     assert ours["difference"] < 1e-4 and 0 < ours["operations"] < published["operations"]
-    assert suite["facts"]["batch_size"] == 1 and suite["facts"]["parts"].keys() == {BASELINE, "ours-exact"}
     page = (tmp_path / "training_tiny_64x64_cpu.md").read_text(encoding="utf-8")
-    assert "| frozen tower |" in page and "one contender after the other" in page and "took turns" not in page
-
-
-def test_an_unknown_contender_is_an_error():
-    with pytest.raises(SystemExit, match="no contender ours-magic; there are published-order, ours-exact"):
-        training_speed.main(["--preset", "tiny", "--contenders", "ours-magic"])
+    assert "| teacher |" in page and "took turns" not in page
 
 
 # ---- a step without waiting
