@@ -41,6 +41,7 @@ class LoaderSettings(Settings):
     """Options."""
 
     data: str | None = option(None, help="prepared dataset (default: one is made)")
+    frames: int = option(64, help="frames that are made (default: %(default)s)")
     split: str = option("train", help="of --data (default: %(default)s)")
     workers: int = option(2, help="loader processes (default: %(default)s)")
     samples: int = option(240, help="samples per timed run (default: %(default)s)")
@@ -122,7 +123,7 @@ def measure_loader(settings: LoaderSettings) -> int:
     torch.set_num_threads(1)
     workers = settings.workers
     with tempfile.TemporaryDirectory() as folder:
-        frames = FrameDataset(settings.data or make_frames(Path(folder), 64), settings.split)
+        frames = FrameDataset(settings.data or make_frames(Path(folder), settings.frames), settings.split)
         frames.cache = None
         samples = TrainSamples(frames, TrainTransform(resize=settings.resize))
         plan = TrainPlan(frames.index.class_pixels, 0, RareClassSampling())  # the published one
