@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -21,18 +22,12 @@ from .options import TrainOptions
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
-    """The launched processes; raises ValueError when several were asked for and one was started."""
-    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and not os.environ.get("PMI_SIZE"):
-        raise ValueError(
-            "accelerate launch --cpu starts a single process whatever --num_processes says; use torchrun "
-            "--nproc_per_node N train.py, or accelerate launch --multi_gpu --num_processes N train.py, on CPUs too"
-        )
+    """The launched processes; raises ValueError for what they cannot do, naming the option."""
+    _check_launch(options)
     if options.compile == "inductor":
         from torch._inductor import config  # here, because the compiler takes seconds to import
 
         config.fallback_random = True  # the same dropout and points as without compiling
-    if options.precision == "tf32" and not torch.cuda.is_available():
-        raise ValueError("--precision tf32 needs an NVIDIA GPU, and torch sees none; choose fp32")
     if options.precision is not None:
         set_float32_arithmetic(options.precision)
     accelerator = Accelerator(
@@ -47,13 +42,30 @@ def make_accelerator(options: TrainOptions) -> Accelerator:
     return accelerator
 
 
+def _check_launch(options: TrainOptions) -> None:
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and not os.environ.get("PMI_SIZE"):
+        raise ValueError(
+            "accelerate launch --cpu starts a single process whatever --num_processes says; use torchrun "
+            "--nproc_per_node N train.py, or accelerate launch --multi_gpu --num_processes N train.py, on CPUs too"
+        )
+    if options.precision == "tf32" and not torch.cuda.is_available():
+        raise ValueError("--precision tf32 needs an NVIDIA GPU, and torch sees none; choose fp32")
+    trackers = [str(tracker) for tracker in get_available_trackers()]
+    if options.tracker not in ("none", *trackers):
+        raise ValueError(f"--tracker {options.tracker} is not installed; choose {', '.join(trackers)} or none")
+    if options.compile is not None and options.compile.upper() not in DynamoBackend.__members__:
+        backends = ", ".join(DynamoBackend.__members__).lower()
+        raise ValueError(f"--compile {options.compile} is no backend of accelerate; choose one of {backends}")
+
+
 def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDataset | PlainRows]:
     """Training and held-back frames; raises ValueError when their classes differ."""
     sources = ((options.train_source, options.train_split), (options.eval_source, options.eval_split))
     if options.class_names is not None:
         columns = (options.class_names, options.image_column, options.label_column)
         training, validation = (PlainRows(*source, *columns) for source in sources)
-        next(validation.frames())  # its errors show now, and not after the training
+        if next(validation.frames(), None) is None:  # read now, so that errors show before the training
+            raise ValueError(f"{options.eval_source} has no row in split {options.eval_split!r}; see --eval-split")
         return training, validation
     training, validation = (FrameDataset(*source) for source in sources)
     check_same_labels([training.index.manifest, validation.index.manifest])
