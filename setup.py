@@ -19,7 +19,7 @@ VIDEO = ["av>=15"]
 
 
 class BuildPackage(build_py):
-    """Adds what a checkout keeps beside the package: the modules that ship to the Hub, train.py, and data files."""
+    """Adds what a checkout keeps next to the package: the modules that ship to the Hub, train.py, metric, examples."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         """(package, module, file) of every module."""
@@ -35,35 +35,43 @@ class BuildPackage(build_py):
             for folder in ("metrics", "examples", "recipes"):
                 target = Path(self.build_lib) / "tqdm_seg" / folder
                 shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-            for stub in (Path(self.build_lib) / "tqdm_seg").glob("*.pyi"):  # they stand for files that now lie beside
-                stub.unlink()
+
+
+def description() -> str:
+    """The README without the Hub's header; links to files of the repository become URLs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
+    return re.sub(r"\]\((?!https?:|#|mailto:)", f"]({REPOSITORY}/raw/main/", text)
 
 
 setup(
     name="tqdm-segmentation",
     version=VERSION,
     description="tqdm: textual queries segment scenes never seen in training (Hugging Face Transformers)",
-    long_description=(ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1],  # without the Hub's header
+    long_description=description(),
     long_description_content_type="text/markdown",
     url=REPOSITORY,
     project_urls={
         "Paper": "https://arxiv.org/abs/2407.09033",
         "Authors' code": "https://github.com/ByeongHyunPak/tqdm",
     },
-    license="Apache-2.0",
+    license_expression="Apache-2.0",
     license_files=["LICENSE"],
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
         "Operating System :: OS Independent",
-        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Topic :: Scientific/Engineering :: Image Recognition",
         "Typing :: Typed",
     ],
     keywords=["semantic segmentation", "domain generalization", "CLIP", "transformers", "off-road"],
     python_requires=">=3.10",
     packages=find_packages(include=["tqdm_seg", "tqdm_seg.*"]),
-    package_data={"tqdm_seg": ["py.typed", "*.pyi", "data/lists/**/*", "**/templates/*"]},
+    package_dir={"": "."},  # editable installs then put the checkout on the path, where editors find it
+    package_data={"tqdm_seg": ["py.typed", "data/lists/**/*", "**/templates/*"]},
+    exclude_package_data={"tqdm_seg": ["*.pyi"]},  # they stand for the root's modules, which a wheel holds itself
     entry_points={"console_scripts": ["tqdm-seg = tqdm_seg.cli:main"]},
     cmdclass={"build_py": BuildPackage},
     install_requires=[
@@ -91,6 +99,7 @@ setup(
             "pyright>=1.1.400",
             "pytest>=8",
             "ruff>=0.12",
+            "setuptools>=77",
             "torchmetrics>=1.4",
         ],
         "export": EXPORT,

@@ -1,6 +1,7 @@
 """tqdm, the Textual Query-Driven Mask Transformer, and everything around it.
 
     tqdm_seg.train(data=..., out=...)      and predict, evaluate, compare, report, convert, export, check, audit, ablate
+    tqdm_seg.prepare_gta5(root=..., out=...)   and prepare_ of acdc, bdd100k, cityscapes, folder, mapillary, orfd, ...
     tqdm_seg.TqdmForSemanticSegmentation   and TqdmConfig, TqdmImageProcessor
 
 The model lies flat at the root of the repository, as the Hub wants it. In a checkout the root is the second place in
@@ -13,11 +14,22 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from .commands import SOURCES
+
 if TYPE_CHECKING:
     from .ablate import ablate as ablate
     from .configuration_tqdm import TqdmConfig as TqdmConfig
     from .data.audit import audit as audit
     from .data.check import check as check
+    from .data.sources.acdc import prepare_acdc as prepare_acdc
+    from .data.sources.bdd100k import prepare_bdd100k as prepare_bdd100k
+    from .data.sources.cityscapes import prepare_cityscapes as prepare_cityscapes
+    from .data.sources.folder import prepare_folder as prepare_folder
+    from .data.sources.gta5 import prepare_gta5 as prepare_gta5
+    from .data.sources.mapillary import prepare_mapillary as prepare_mapillary
+    from .data.sources.orfd import prepare_orfd as prepare_orfd
+    from .data.sources.road3d import prepare_road3d as prepare_road3d
+    from .data.sources.synthia import prepare_synthia as prepare_synthia
     from .deploy.convert import convert as convert
     from .deploy.export import export as export
     from .deploy.predict import predict as predict
@@ -40,6 +52,7 @@ _PLACES = {
     "ablate": "ablate", "audit": "data.audit", "check": "data.check", "compare": "reports.compare",
     "convert": "deploy.convert", "evaluate": "evaluation.evaluate", "export": "deploy.export",
     "predict": "deploy.predict", "report": "reports.report", "train": "train",
+    **{f"prepare_{name}": f"data.sources.{name}" for name in SOURCES},
 }  # fmt: skip
 
 
