@@ -55,7 +55,7 @@ class TqdmVisionConfig(PreTrainedConfig):
     projection_dim: int = 512
     layer_norm_eps: float = 1e-5
     drop_path_rate: float | int = 0.1
-    # Side of the token grid of EVA02's pre-training; rotary positions of any grid are rescaled to it.
+    # Side of EVA02's token grid in pre-training; rotary positions of any grid are rescaled to it.
     rope_grid: int = 16
     rope_theta: float | int = 10000
     # The published code adds the class embedding to token 0 twice, and published checkpoints are trained that way.

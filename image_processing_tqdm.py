@@ -1,7 +1,7 @@
-"""Image processor of tqdm: pixels and label maps in, semantic maps out.
+"""Image processor of tqdm: resizes and normalises images and label maps, post-processes scores.
 
-By default an image keeps its size, for the model pads to whole patches and slides its windows by itself. The published
-evaluations fit the image into a box first, with `do_resize=True` and these sizes (both enlarge small images, too):
+By default an image keeps its size; the model pads to whole patches and slides windows. The published evaluations resize
+images into a box first, with `do_resize=True` and these sizes (which enlarge small images, too):
 
     Cityscapes, Mapillary Vistas    size={"shortest_edge": 1024, "longest_edge": 2048}    the default `size`
     BDD100K                         size={"shortest_edge": 720, "longest_edge": 1280}
@@ -31,18 +31,17 @@ from transformers.utils import ModelOutput, TensorType
 class TqdmImageProcessorKwargs(ImagesKwargs, total=False):
     """Options beyond those of every image processor.
 
-    antialias: low-pass filter before shrinking. Off by default: the published results come from OpenCV, which has none.
+    antialias: low-pass filter before downsampling. Off by default, as in OpenCV, which the published results use.
     """
 
     antialias: bool
 
 
 class TqdmImageProcessor(TorchvisionBackend):
-    """Turns images into `pixel_values` and label maps into `labels`, and `logits` into semantic maps.
+    """Turns images into `pixel_values`, label maps into `labels`, and `logits` into semantic maps.
 
-    The class attributes are the defaults; each can be set when the processor is made and again in every call. `size`
-    holds "shortest_edge" and "longest_edge" for a box that is filled keeping the shape (see `fitted_size`), or "height"
-    and "width" for exactly this size, stretching the image.
+    The class attributes are the defaults; the constructor and every call can set them. `size` holds "shortest_edge" and
+    "longest_edge", a box that keeps the aspect ratio (see `fitted_size`), or "height" and "width", which stretch.
     """
 
     valid_kwargs = TqdmImageProcessorKwargs
@@ -53,7 +52,7 @@ class TqdmImageProcessor(TorchvisionBackend):
     antialias = False
     do_rescale = True
     do_normalize = True
-    # CLIP's; the EVA02 towers were trained with the same.
+    # CLIP's, which EVA02 uses, too.
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
 
@@ -68,9 +67,9 @@ class TqdmImageProcessor(TorchvisionBackend):
         images: one or several PIL images, uint8 arrays or tensors -> `pixel_values` (3, H, W) float32 each.
         segmentation_maps: one map of class ids per image, as large as the image: a PIL image of mode "P" (the palette
             indices count, not the colours), "L" or "I", or an integer array or tensor (H, W) -> `labels` (H, W) int64
-            each. They are resized with their images, by nearest neighbour, and otherwise left alone.
-        Raises ValueError for maps that do not fit the images or hold no class ids, and for images of different sizes
-        with `return_tensors`.
+            each, resized with the image (nearest neighbour).
+        Raises ValueError for maps of another size than their image or without class ids, and for images of different
+        sizes with `return_tensors`.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -82,10 +81,9 @@ class TqdmImageProcessor(TorchvisionBackend):
     ) -> list[Tensor] | list[BatchFeature]:
         """The class id of every pixel: a list of B maps (h, w) int64, on the device of `outputs.logits` (B, K, H, W).
 
-        target_sizes: B pairs (height, width) that the scores are brought to before classes are compared; None keeps
-            (H, W). Raises ValueError when there are not B of them.
-        return_segmentation_scores: give for every image the map and what it was decided by, as the fields
-            `segmentation` (h, w) and `segmentation_scores` (K, h, w).
+        target_sizes: B pairs (height, width) that the scores are resized to before the argmax; None keeps (H, W).
+            Raises ValueError when there are not B of them.
+        return_segmentation_scores: per image the fields `segmentation` (h, w) and `segmentation_scores` (K, h, w).
         """
         logits = outputs.logits  # (B, K, H, W)
         if target_sizes is None:
@@ -99,7 +97,7 @@ class TqdmImageProcessor(TorchvisionBackend):
             scores = F.interpolate(scores[None], (int(height), int(width)), mode="bilinear", align_corners=False)[0]
             result = scores.argmax(0)  # (h, w)
             if return_segmentation_scores:
-                # The plain parent of the library's class for this, which transformers 5.10 does not have yet.
+                # BatchFeature is the parent of the library's class for this, which transformers 5.10 does not have.
                 result = BatchFeature({"segmentation": result, "segmentation_scores": scores})
             results.append(result)
         return results
@@ -116,17 +114,17 @@ class TqdmImageProcessor(TorchvisionBackend):
         if size.shortest_edge and size.longest_edge:
             height, width = fitted_size(*image.shape[-2:], size.shortest_edge, size.longest_edge)
             size = SizeDict(height=height, width=width)
-        # In float32, for bytes would be interpolated in fixed point, differently from one kind of CPU to the next.
-        resized = super().resize(image.to(torch.float32), size, resample=resample, antialias=antialias)
+        # In float32: bytes are interpolated in fixed point, which differs between CPUs.
+        pixels = super().resize(image.to(torch.float32), size, resample=resample, antialias=antialias)
         if not image.is_floating_point():
-            limits = torch.iinfo(image.dtype)  # bicubic overshoots them
-            resized = resized.round().clamp(limits.min, limits.max)
-        return resized.to(image.dtype)
+            limits = torch.iinfo(image.dtype)  # bicubic overshoots
+            pixels = pixels.round().clamp(limits.min, limits.max)
+        return pixels.to(image.dtype)
 
     def _validate_preprocess_kwargs(
         self, do_center_crop: bool | None = None, do_pad: bool | None = None, **kwargs
     ) -> None:
-        """Raises ValueError for options that do not go together, or that labels could not follow."""
+        """Raises ValueError for options that contradict each other, and for cropping and padding."""
         if do_center_crop or do_pad:
             raise ValueError(
                 "TqdmImageProcessor neither crops nor pads, as the model takes any image size: leave out do_center_crop"
@@ -141,7 +139,7 @@ class TqdmImageProcessor(TorchvisionBackend):
         return_tensors: str | TensorType | None = None,
         **kwargs,
     ) -> BatchFeature:
-        """`pixel_values` and, for given segmentation maps, `labels`."""
+        """`pixel_values`, and with segmentation maps `labels`."""
         images = self._prepare_image_like_inputs(images, **kwargs)  # list of (3, H, W)
         data = {"pixel_values": self._preprocess(images, **kwargs)}
         if segmentation_maps is not None:
@@ -163,7 +161,7 @@ class TqdmImageProcessor(TorchvisionBackend):
         antialias: bool,
         **kwargs,
     ) -> list[Tensor]:
-        """images (3, H, W) each -> resized here, then rescaled and normalised by the base class: float32 each."""
+        """Resizes images (3, H, W); the base class rescales and normalises: float32 each."""
         if do_resize:
             images = [self.resize(image, size, resample, antialias) for image in images]
         features = super()._preprocess(
@@ -174,7 +172,7 @@ class TqdmImageProcessor(TorchvisionBackend):
     def _preprocess_maps(
         self, segmentation_maps: ImageInput, images: list[Tensor], do_resize: bool, size: SizeDict, **kwargs
     ) -> list[Tensor]:
-        """Checks the maps against the images (3, H, W), before any resizing -> labels (H, W) int64 each."""
+        """Checks the maps against the images (3, H, W) before resizing -> labels (H, W) int64 each."""
         if not isinstance(segmentation_maps, (list, tuple)):
             stacked = getattr(segmentation_maps, "ndim", 2) > 2 and len(segmentation_maps) == len(images)
             segmentation_maps = list(segmentation_maps) if stacked else [segmentation_maps]
@@ -186,27 +184,27 @@ class TqdmImageProcessor(TorchvisionBackend):
             if label.shape != image.shape[-2:]:
                 raise ValueError(
                     f"segmentation map {index} is {_size_text(label)}, its image {_size_text(image)} (height x width); "
-                    "pass the map that was drawn for this image, at the same size"
+                    "pass the map of this image, at the same size"
                 )
             if do_resize:
-                # Pixel centres meet pixel centres, as in the bilinear resize of the image.
+                # With aligned pixel centres, as in the bilinear resize of the image.
                 label = self.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
             labels.append(label)
         return labels
 
 
 def fitted_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:
-    """(height, width) of an image scaled, up or down, to the largest that fits the box, either way round.
+    """(height, width) of the largest image of this aspect ratio in the box, portrait or landscape.
 
-    The common factor is min(longest_edge / longer side, shortest_edge / shorter side); sides are rounded half up, as
-    mmcv does; the library's own rule for these two keys cuts off. 1216 x 2160 in a box of 1024, 2048 -> 1024 x 1819.
+    The scale is min(longest_edge / longer side, shortest_edge / shorter side). Sides are rounded half up as in mmcv;
+    transformers truncates. 1216 x 2160 in a box of 1024, 2048 -> 1024 x 1819.
     """
     factor = min(longest_edge / max(height, width), shortest_edge / min(height, width))
     return int(height * factor + 0.5), int(width * factor + 0.5)
 
 
 def _class_ids(segmentation_map: ImageInput, index: int) -> Tensor:
-    """The ids in one segmentation map, (H, W) int64, or (1, H, W) or (H, W, 1) before. `index` is for the errors."""
+    """Class ids (H, W) int64 of one segmentation map, (H, W), (1, H, W) or (H, W, 1). `index` is for the errors."""
     if not is_valid_image(segmentation_map):
         raise ValueError(
             f"segmentation map {index} is of type {type(segmentation_map).__name__}; pass a PIL image "

@@ -1,4 +1,4 @@
-"""Losses of tqdm: fixed matching of query q to class q, over all layers at once, and the three regularisers.
+"""Losses of tqdm: fixed matching of query q to class q, for all layers at once, and the three regularisers.
 
 Letters: B batch, K classes = textual queries, L predictions (bare queries and every layer), M supervised masks,
 P points, E image-text width, H, W image, h, w mask logits.
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 
 class LossCounts(NamedTuple):
-    """What the losses are divided by, scalars: of one batch, or the mean over all batches of an optimiser step.
+    """Normalisers of the losses, scalars: of one batch, or their mean over all batches of an optimiser step.
 
-    With the mean, the average of the batches' losses is the loss of the whole step, however it is divided among
-    processes and accumulated batches.
+    With the mean, the average of the batches' losses is the loss of the whole step, for any number of processes and
+    accumulated batches.
     masks: supervised masks. class_weight: sum of the queries' weights in the class loss. labelled: pixels that the
     score-map loss is averaged over.
     """
@@ -28,7 +28,7 @@ class LossCounts(NamedTuple):
 def count_losses(
     mask_index: Tensor, labels: Tensor, num_classes: int, no_object_weight: float, over: str, ignore_index: int
 ) -> LossCounts:
-    """Counts of one batch: mask_index (M, 2), labels (B, H, W), both where the counts shall be."""
+    """Counts of one batch: mask_index (M, 2), labels (B, H, W), both on the target device."""
     masks = torch.full((), float(len(mask_index)), device=labels.device)
     queries = len(labels) * num_classes
     labelled = labels.numel() if over == "all" else (labels != ignore_index).sum()
@@ -40,13 +40,13 @@ def count_losses(
 def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> None:
     """Raises ValueError for labels of another size or with ids that are no class.
 
-    On a GPU the ids are checked by an assertion on the device, so that nothing waits for it.
+    On a GPU an assertion on the device checks the ids, so that the host does not wait.
     """
     expected = (len(pixel_values), *pixel_values.shape[-2:])
     if tuple(labels.shape) != expected:
         raise ValueError(
             f"labels are {tuple(labels.shape)} and must be {expected}, (batch, height, width) of pixel_values; resize "
-            "them together with the images (nearest neighbour)"
+            "them with the images (nearest neighbour)"
         )
     if torch.compiler.is_compiling():
         return
@@ -56,14 +56,14 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
         torch._assert_async(known, message)
     elif not known:
         unknown = [i for i in labels.unique().tolist() if i != ignore_index and not 0 <= i < num_classes]
-        raise ValueError(f"{message}, and these hold {unknown}; map them, or add the classes to id2label")
+        raise ValueError(f"{message}, but hold {unknown}; map these ids, or add the classes to id2label")
 
 
 def supervised_masks(labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """Image and class (M, 2) of every class present in labels (B, H, W): images in order, classes ascending.
 
-    The number of rows depends on the values, so calling this on a GPU waits for the device; a data loader calls it on
-    the CPU and passes the result to the model.
+    The number of rows depends on the values, so on a GPU the host waits for the result. A data loader computes it on
+    the CPU and passes it to the model.
     """
     slots = torch.where(labels == ignore_index, num_classes, labels).flatten(1)  # (B, H W)
     present = torch.zeros(len(labels), num_classes + 1, dtype=torch.bool, device=labels.device)
@@ -76,7 +76,7 @@ def sample_labels(labels: Tensor, mask_index: Tensor, points: Tensor) -> Tensor:
     points are x, y in 0 ... 1 of the image; outside all masks are zero.
     """
     image, wanted = mask_index.unbind(-1)
-    masks = (labels.int()[image] == wanted[:, None, None]).float()  # (M, H, W), once for all predictions
+    masks = (labels.int()[image] == wanted[:, None, None]).float()  # (M, H, W), the same for all predictions
     grid = (2 * points.transpose(0, 1)).sub_(1).flatten(1, 2)  # (M, L P, 2)
     samples = F.grid_sample(masks[:, None], grid[:, None], align_corners=False)[:, 0, 0]  # (M, L P)
     return samples.unflatten(1, points.shape[::2]).transpose(0, 1)
@@ -93,10 +93,11 @@ def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
 def choose_points(
     mask_logits: Tensor, extent: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float
 ) -> Tensor:
-    """Random points (L, M, P, 2), x, y in 0 ... 1 of the image: most of them where the masks are least certain.
+    """Random points (L, M, P, 2), x, y in 0 ... 1 of the image, most of them where the masks are least certain.
 
-    mask_logits (L, M, h, w); extent (2): the image's share x, y of what the logits cover. Of num_points times
-    oversample_ratio uniform points, the smallest |logit| make up importance_sample_ratio; the rest is new.
+    PointRend's importance sampling: of num_points times oversample_ratio uniform points, those with the smallest
+    |logit| make up importance_sample_ratio of the result; the rest is uniform.
+    mask_logits (L, M, h, w); extent (2): the image's share x, y of the logits' area.
     """
     predictions, masks = mask_logits.shape[:2]
     uncertain = int(importance_sample_ratio * num_points)
@@ -152,20 +153,20 @@ def textual_loss(text_embeddings: Tensor, reference: Tensor) -> Tensor:
 
 
 def visual_loss(image_embedding: Tensor, reference: Tensor) -> Tensor:
-    """Mean squared distance of image embeddings (B, E) from the frozen tower's (B, E), neither normalised. Scalar."""
+    """Mean squared distance of image embeddings (B, E) from the teacher's (B, E), not normalised. Scalar."""
     return F.mse_loss(image_embedding.float(), reference.float())
 
 
-class EnlargedEntropy(torch.autograd.Function):
-    """Cross-entropy of logits (B, K, h, w), enlarged to `covered`, with labels (B, H, W); summed over what is labelled.
+class UpsampledCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of upsampled logits (B, K, h, w) with labels (B, H, W), summed over the labelled pixels.
 
-    The gradient is computed beside the loss, in the memory of the enlarged logits. Recorded step by step, these and two
-    more of their size would be held through the moment when a training step takes most memory.
+    The forward pass computes the gradient, too, in the memory of the upsampled logits. Autograd would hold three
+    tensors of that size at the memory peak of a training step.
     """
 
     @staticmethod
     def forward(context: Any, small: Tensor, labels: Tensor, covered: tuple[int, int], ignore_index: int) -> Tensor:
-        """small spans `covered` (rows, columns) pixels, of which labels are top left -> scalar."""
+        """small covers `covered` (rows, columns) pixels, of which labels are the top left part -> scalar."""
         height, width = labels.shape[-2:]
         whole = F.interpolate(small, covered, mode="bilinear", align_corners=False)
         logits = whole[..., :height, :width]  # (B, K, H, W)
@@ -176,7 +177,7 @@ class EnlargedEntropy(torch.autograd.Function):
         totals = logits.exp_().sum(1)  # (B, H, W)
         if context.needs_input_grad[0]:
             logits.mul_((labelled / totals)[:, None]).scatter_add_(1, targets, -labelled[:, None].to(logits.dtype))
-            whole[..., height:, :] = 0  # no labels lie under the padding
+            whole[..., height:, :] = 0  # the padding has no labels
             whole[..., width:] = 0
             gradient = torch.ops.aten.upsample_bilinear2d_backward(whole, covered, small.shape, False)
             context.save_for_backward(gradient)  # (B, K, h, w)
@@ -196,9 +197,9 @@ def score_map_loss(
     ignore_index: int,
     num_pixels: Tensor,
 ) -> Tensor:
-    """Cross-entropy of the score map / temperature, enlarged to the labels (paper equation 7). Scalar.
+    """Cross-entropy of the score map / temperature, upsampled to the labels (paper equation 7). Scalar.
 
-    score_map (B, K, h, w) of cosines spans `covered` (rows, columns) pixels, of which labels (B, H, W) are top left.
-    Summed over the labelled pixels / num_pixels, which is at least 1.
+    score_map (B, K, h, w) of cosines covers `covered` (rows, columns) pixels, of which labels (B, H, W) are the top
+    left part. The sum over the labelled pixels / num_pixels, which is at least 1.
     """
-    return EnlargedEntropy.apply(score_map.float() / temperature, labels, covered, ignore_index) / num_pixels
+    return UpsampledCrossEntropy.apply(score_map.float() / temperature, labels, covered, ignore_index) / num_pixels
