@@ -228,4 +228,4 @@ def _size_text(image: Tensor) -> str:
     return "x".join(map(str, image.shape[-2:]))
 
 
-__all__ = ["TqdmImageProcessor"]
+__all__ = ["TqdmImageProcessor", "fitted_size"]

@@ -369,4 +369,5 @@ __all__ = [
     "TqdmModelOutput",
     "TqdmPreTrainedModel",
     "TqdmSemanticSegmenterOutput",
+    "semantic_scores",
 ]

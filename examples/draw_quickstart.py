@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from PIL import Image, ImageDraw, ImageFont
 
 from tqdm_seg.data.frames import FrameDataset
-from tqdm_seg.data.palette import legend, tinted
+from tqdm_seg.data.palette import legend, tint
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -35,7 +35,7 @@ def main(model_folder: str) -> None:
         frame = min(zip(each, held_back, strict=True), key=lambda pair: abs(pair[0] - total))[1]
         ids = predict_frame(model, processor, frame)[0].numpy()
     image = Image.fromarray(frame.image).resize(PANEL, Image.Resampling.BICUBIC)
-    panels = {"image": image, "ground truth": tinted(image, frame.labels, 2), "prediction": tinted(image, ids, 2)}
+    panels = {"image": image, "ground truth": tint(image, frame.labels, 2), "prediction": tint(image, ids, 2)}
     names = legend(model.config.id2label, 3 * PANEL[0] + 4 * GAP)
     canvas = Image.new("RGB", (names.width, TITLE + PANEL[1] + names.height), "white")
     for i, (title, panel) in enumerate(panels.items()):

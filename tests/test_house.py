@@ -13,11 +13,11 @@ PACKAGE = ROOT / "tqdm_seg"
 # Every group may import itself and the groups named here.
 SHIPPED, BASE = "shipped", {"program", "commands", "__init__", "shipped"}
 DATA = BASE | {"data"}
-DEPLOY = DATA | {"deploy"}
+DEPLOY = DATA | {"deploy", "env"}
 EVALUATION = DEPLOY | {"evaluation"}
 ARROWS = {
     SHIPPED: set(), "program": set(), "__init__": {"commands"}, "commands": {"program"}, "data": DATA, "deploy": DEPLOY,
-    "env": DEPLOY, "evaluation": EVALUATION, "reports": EVALUATION, "training": EVALUATION,
+    "env": {"__init__", "program"}, "evaluation": EVALUATION, "reports": EVALUATION, "training": EVALUATION,
     "train": EVALUATION | {"reports", "training"}, "ablate": EVALUATION | {"reports", "training", "train"},
     "cli": {"__init__", "commands", "program"},
 }  # fmt: skip

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from tqdm_seg.data.files import written_whole
+from tqdm_seg.data.files import replace_folder
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -233,9 +233,9 @@ def test_card_is_written_and_a_folder_with_other_files_is_left_alone(folder, mod
 
 def test_interrupted_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
     target = tmp_path / "folder"
-    with written_whole(target) as temporary:
+    with replace_folder(target) as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), written_whole(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), replace_folder(target) as temporary:
         (temporary / "a").write_text("new")
         raise KeyboardInterrupt
     assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target]

@@ -2,8 +2,7 @@
 
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -84,16 +83,3 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-write_whole, written_whole = write_file, replace_folder  # old names, until their callers use the new ones
-
-
-def run(main: Callable[[], object]) -> None:
-    """Calls `main`; what it reports as an error becomes one message and exit status 1."""
-    try:
-        main()
-    except (OSError, ValueError, ImportError, FloatingPointError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; run the same command again to go on")

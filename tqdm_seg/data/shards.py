@@ -306,6 +306,3 @@ def check_same_labels(manifests: Sequence[dict[str, Any]]) -> None:
                 f"{manifest['dataset']} was prepared under the label maps {other['name']} and {label_map['name']}; "
                 "scores and models under one cannot be compared with the other's: prepare all with one"
             )
-
-
-refuse_mixed_labels = check_same_labels  # old name, until its callers use the new one
