@@ -68,7 +68,7 @@ def hashing_rates(kind: str, settings: AuditSettings) -> tuple[float, float, flo
         for i in range(settings.images):
             detailed_image(i).save(Path(folder) / f"{i:03d}.{kind.lower()}", kind, **SAVE_OPTIONS[kind])
         frames = read_set(folder).frames * 4
-        timers = {f.__name__: partial(seconds_of, partial(on_threads, f, frames)) for f in (hash_or_problem, decode)}
+        timers = {f.__name__: partial(seconds_of, on_threads, f, frames) for f in (hash_or_problem, decode)}
         hashed, decoded = (len(frames) / min(r.rounds) for r in take_turns(timers, settings.rounds))
         sizes = [path.stat().st_size / 1000 for path in Path(folder).iterdir()]
         return sum(sizes) / len(sizes), hashed, decoded

@@ -1,11 +1,9 @@
 """Seconds, peak memory, operations and utilisation of variants, each in its own process, in turns.
 
     def build(width: int, device: torch.device) -> Work:  # a function of a module: it runs in another process
-        layer = torch.nn.Linear(width, width).to(device)
-        return Work(layer, inputs=lambda number: torch.randn(9, width, device=device))
+        return Work(torch.nn.Linear(width, width).to(device), lambda number: torch.randn(9, width, device=device))
 
-    results = measure({"plain": partial(build, 64)}, settings := Settings(repeats=5))
-    write_results(settings, "layer", "A linear layer", results, baselines=["plain"])
+    results = measure({"plain": partial(build, 64)}, Settings(repeats=5))
 
 Only one process computes at a time. After the warm-ups the variants take turns, so that other load on the machine hits
 all of them. Before each timed call the caches are overwritten and the rate of a large matrix product in the variant's
@@ -15,7 +13,7 @@ seconds: median over the rounds; ratios are medians of the ratios within a round
 memory: CPU: largest resident set during the timed calls less that after the imports, so weights count; GPU: the
     allocator's largest amount during the calls. None where the system does not tell.
 operations: of one call by torch's counter: two per multiply-add. `NOT_COUNTED` is left out.
-utilisation: operations / seconds / rate, the best matrix product in this process (a low rate would flatter).
+utilisation: operations / seconds / rate of the best matrix product in this process (a low rate would flatter).
 difference: largest absolute difference of its numbers from those of the first variant, on the same input.
 parts: seconds of the parts of a call, which wait for the device, so they are measured after the timed rounds.
 """
@@ -25,6 +23,7 @@ import gc
 import json
 import os
 import platform
+import re
 import shlex
 import statistics
 import sys
@@ -94,15 +93,11 @@ class Settings:
     out: Path = option(RESULTS, help="folder of the results (default: %(default)s)")
 
     def __post_init__(self):
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else CPU
+        self.torch_device = accelerator if self.device == "auto" else torch.device(self.device)
         on_cpu = self.torch_device.type == "cpu"
         self.warm_ups = (1 if on_cpu else 5) if self.warm_ups is None else self.warm_ups
         self.product_size = self.product_size or (2048 if on_cpu else 8192)
-
-    @property
-    def torch_device(self) -> torch.device:
-        if self.device == "auto" and torch.accelerator.is_available():
-            return torch.accelerator.current_accelerator()
-        return torch.device(self.device.replace("auto", "cpu"))
 
 
 @dataclass
@@ -164,10 +159,11 @@ class Stopwatch:
         self.start = end
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device = CPU) -> float:
+def seconds_of(call: Callable, *arguments: Any, device: torch.device = CPU) -> float:
     """Wall-clock time of a call; its result is freed after the clock."""
-    watch, result = Stopwatch(device), call()  # noqa: F841
-    return watch.now() - watch.start
+    watch, result = Stopwatch(device), call(*arguments)  # noqa: F841
+    watch.lap("call")
+    return watch.seconds["call"]
 
 
 def take_turns(timers: dict[str, Callable[[], float]], rounds: int) -> list[Result]:
@@ -205,53 +201,44 @@ class Worker:
         torch.manual_seed(0)
         watch = Stopwatch(self.device)
         self.work = self.builder(self.device)
-        seconds = watch.now() - watch.start
+        watch.lap("build")
         gc.collect()
         if sys.platform == "linux":
             getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc: freed memory back to the system
         dtype = str(self.work.dtype).removeprefix("torch.")
-        return {"build_seconds": seconds, "dtype": dtype, "notes": self.work.notes}
+        return {"build_seconds": watch.seconds["build"], "dtype": dtype, "notes": self.work.notes}
 
     def call(self, number: int) -> tuple[float, int | None]:
         """Seconds and peak memory of one call."""
-        inputs, on_cpu, memory = self.work.inputs(number), self.device.type == "cpu", None
+        inputs = self.work.inputs(number)
         torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device).fill_(1)
         gc.collect()
-        if not on_cpu:
+        if self.device.type != "cpu":
             torch.accelerator.reset_peak_memory_stats()
-        elif sys.platform == "linux":  # `resource` only has the peak of the whole life of a process
-            Path("/proc/self/clear_refs").write_text("5")
-        seconds = seconds_of(lambda: self.work.call(inputs), self.device)
-        if not on_cpu:
-            memory = torch.accelerator.max_memory_allocated()
-        elif sys.platform == "linux":
-            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            memory = int(status["VmHWM"].split()[0]) * 1024 - self.base
-        return seconds, memory
+            return seconds_of(self.work.call, inputs, device=self.device), torch.accelerator.max_memory_allocated()
+        if sys.platform != "linux":  # `resource` only has the peak of the whole life of a process
+            return seconds_of(self.work.call, inputs), None
+        Path("/proc/self/clear_refs").write_text("5")
+        seconds = seconds_of(self.work.call, inputs)
+        peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
+        return seconds, int(peak[1]) * 1024 - self.base
 
     def rate(self) -> float:
         """Operations per second of the better of two matrix products in the variant's precision."""
         size, dtype = self.settings.product_size, self.work.dtype
+        factors, multiply = torch.randn(2, size, size, device=self.device).to(dtype), torch.mm
         if dtype == torch.int8:
-            a, b = torch.randint(-128, 128, (2, size, size), dtype=dtype, device=self.device)
-        else:
-            a, b = torch.randn(2, size, size, device=self.device).to(dtype)
-        multiply = torch._int_mm if dtype == torch.int8 else torch.mm
-        return 2 * size**3 / min([seconds_of(lambda: multiply(a, b), self.device) for _ in range(3)][1:])
+            factors, multiply = torch.randint(-128, 128, factors.shape, dtype=dtype), torch._int_mm
+        return 2 * size**3 / min([seconds_of(multiply, *factors, device=self.device) for _ in range(3)][1:])
 
-    def numbers(self) -> np.ndarray | None:
-        return None if self.work.numbers is None else self.work.numbers(self.work.inputs(0)).float().cpu().numpy()
-
-    def parts(self) -> dict[str, float]:
-        """Medians over as many calls as were timed."""
-        if self.work.parts is None:
-            return {}
-        runs = [self.work.parts(self.work.inputs(number)) for number in range(self.settings.repeats + 1)][1:]
-        return {part: statistics.median(run[part] for run in runs) for part in runs[0]}
-
-    def operations(self) -> int:
-        call = self.work.call if self.work.counted is None else self.work.counted()
-        return count_operations(lambda: call(self.work.inputs(0)))
+    def finish(self) -> dict[str, Any]:
+        """What is not timed: numbers, parts (medians over as many calls as were timed), operations of one call."""
+        work, repeats = self.work, range(self.settings.repeats + 1)
+        numbers = None if work.numbers is None else work.numbers(work.inputs(0)).float().cpu().numpy()
+        runs = [] if work.parts is None else [work.parts(work.inputs(number)) for number in repeats][1:]
+        parts = {part: statistics.median(run[part] for run in runs) for part in (runs[0] if runs else ())}
+        call = work.call if work.counted is None else work.counted()
+        return {"numbers": numbers, "parts": parts, "operations": count_operations(lambda: call(work.inputs(0)))}
 
 
 def start_worker(build: Builder, settings: Settings) -> None:
@@ -288,8 +275,7 @@ class Runner:
 
     def prepare(self) -> None:
         """Builds and warms up."""
-        for key, value in (self.ask("build") or {}).items():
-            setattr(self.result, key, value)
+        vars(self.result).update(self.ask("build") or {})
         calls = [self.ask("call", number) for number in range(self.settings.warm_ups)]
         self.result.warm_up_seconds = [answer[0] for answer in calls if answer]
 
@@ -305,17 +291,17 @@ class Runner:
             print(f"{result.name}: {seconds:.3f} s", flush=True)
 
     def finish(self, wanted: np.ndarray | None) -> np.ndarray | None:
-        """Everything that is not timed; wanted: numbers of the first variant, which returns its own."""
-        result, numbers = self.result, self.ask("numbers")
+        """What is not timed, and the summary; wanted: numbers of the first variant, which returns its own."""
+        result, answer = self.result, self.ask("finish")
+        if answer is None:
+            return wanted
+        numbers, result.parts, result.operations = answer["numbers"], answer["parts"], answer["operations"]
+        result.seconds = statistics.median(result.rounds)
+        result.utilisation = result.operations / result.seconds / result.rate if result.operations else None
         if numbers is not None and wanted is None:
             result.span = (float(numbers.min()), float(numbers.max()))
         elif numbers is not None:
             result.difference = float(np.abs(numbers - wanted).max())
-        result.parts = self.ask("parts") or {}
-        result.operations = self.ask("operations")
-        if result.error is None and result.rounds:
-            result.seconds = statistics.median(result.rounds)
-            result.utilisation = result.operations / result.seconds / result.rate if result.operations else None
         return numbers if wanted is None else wanted
 
 
@@ -327,18 +313,15 @@ def measure(variants: dict[str, Builder], settings: Settings, in_turns: bool = T
     results, wanted = [], None
     for group in [list(variants)] if in_turns else [[name] for name in variants]:
         runners = [Runner(name, variants[name], settings) for name in group]
-        try:
+        for runner in runners:
+            runner.prepare()
+        for number in range(settings.warm_ups, settings.warm_ups + settings.repeats):
             for runner in runners:
-                runner.prepare()
-            for number in range(settings.warm_ups, settings.warm_ups + settings.repeats):
-                for runner in runners:
-                    runner.take_turn(number)
-            for runner in runners:
-                wanted = runner.finish(wanted)
-        finally:
-            for runner in runners:
-                runner.pool.shutdown()
-        results += [runner.result for runner in runners]
+                runner.take_turn(number)
+        for runner in runners:
+            wanted = runner.finish(wanted)
+            runner.pool.shutdown()
+            results.append(runner.result)
     return results
 
 
@@ -355,28 +338,19 @@ def speed_ratio(result: Result, other: Result) -> tuple[float, float, float] | N
 
 def run_facts(settings: Settings) -> dict[str, Any]:
     """Date, versions, machine, threads and command of this run."""
-    gpu = settings.torch_device.type == "cuda"
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), processor)
+    gpu, cpuinfo = settings.torch_device.type == "cuda", Path("/proc/cpuinfo")
+    processors = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
     tf32 = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
     return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-        "command": shlex.join(["python", *sys.argv]),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if gpu else settings.torch_device.type,
-        "processor": processor,
-        "cores": os.cpu_count(),
-        "threads": settings.threads or torch.get_num_threads(),
-        "torch": torch.__version__,
+        "processor": (processors or [platform.processor() or platform.machine()])[0], "cores": os.cpu_count(),
+        "threads": settings.threads or torch.get_num_threads(), "torch": torch.__version__,
         "transformers": version("transformers"),
         "tf32": ", ".join(use for use, allowed in tf32.items() if allowed and gpu) or "none",
-        "environment": ENVIRONMENT,
-        "repeats": settings.repeats,
-        "order": "in which the variants took turns",
-        "warm_ups": settings.warm_ups,
-        "not_counted": NOT_COUNTED,
-    }
+        "environment": ENVIRONMENT, "repeats": settings.repeats, "order": "in which the variants took turns",
+        "warm_ups": settings.warm_ups, "not_counted": NOT_COUNTED,
+    }  # fmt: skip
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -387,26 +361,18 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def cells(result: Result, baselines: list[Result]) -> dict[str, str]:
     """The row of a variant by column."""
-
-    def shown(value: float | None, form: str) -> str:
-        return "–" if value is None else format(value, form)
-
-    row = {"variant": result.name, "seconds": shown(result.seconds, ".3g"), "least to most": "–"}
-    if result.error is not None:
-        row["seconds"] = f"failed: {result.last_line}"
-    elif result.rounds:
-        row["least to most"] = f"{min(result.rounds):.3g} to {max(result.rounds):.3g}"
-    for other in baselines:
-        row[f"speed / {other.name}'s"] = shown((speed_ratio(result, other) or [None])[0], ".2f")
-    row["GFLOP"] = shown(result.operations and result.operations / 1e9, ".4g")
-    row["utilisation"] = shown(result.utilisation, ".0%")
-    row["peak MB"] = shown(result.memory and result.memory / 1e6, ".0f")
-    for other in baselines[:1]:
-        ratio = result.memory / other.memory if result.memory and other.memory else None
-        row[f"memory / {other.name}'s"] = shown(ratio, ".2f")
-    row["exact to"] = shown(result.difference, ".1e")
-    row["first call s"] = shown(next(iter(result.warm_up_seconds), None), ".3g")
-    return row
+    rounds, first = result.rounds, baselines[0] if baselines else Result("")
+    figures = {
+        "seconds": (result.seconds, ".3g"), "least": (min(rounds, default=None), ".3g"),
+        "most": (max(rounds, default=None), ".3g"),
+        **{f"speed / {other.name}'s": ((speed_ratio(result, other) or [None])[0], ".2f") for other in baselines},
+        "GFLOP": (result.operations and result.operations / 1e9, ".4g"), "utilisation": (result.utilisation, ".0%"),
+        "peak MB": (result.memory and result.memory / 1e6, ".0f"),
+        f"memory / {first.name}'s": (result.memory / first.memory if result.memory and first.memory else None, ".2f"),
+        "exact to": (result.difference, ".1e"), "first call s": (next(iter(result.warm_up_seconds), None), ".3g"),
+    }  # fmt: skip
+    row = {column: "–" if value is None else format(value, form) for column, (value, form) in figures.items()}
+    return {"variant": result.name} | row | ({"seconds": f"failed: {result.last_line}"} if result.error else {})
 
 
 def results_table(results: list[Result], baselines: list[str], leave_out: tuple[str, ...] = ()) -> str:
@@ -440,9 +406,8 @@ def page_of(title: str, results: list[Result], baselines: list[str], facts: dict
     """Title, table, facts and what is to be known of the variants."""
     rates: dict[str, float] = {}
     for result in results:
-        if result.rate is not None:
-            rates[result.dtype] = max(result.rate, rates.get(result.dtype, 0))
-    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items())
+        rates[result.dtype] = max(result.rate or 0, rates.get(result.dtype, 0))
+    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items() if rate)
     lines = [
         f"# {title}",
         results_table(results, baselines),
@@ -452,14 +417,14 @@ def page_of(title: str, results: list[Result], baselines: list[str], facts: dict
         f"Operations do not include {facts['not_counted']}. Matrix products: {products or 'not measured'}. "
         f"TF32: {facts['tf32']}. For all: {' '.join(f'{k}={v}' for k, v in facts['environment'].items())}.",
         f"`{facts['command']}`",
-        "\n".join(
+        *(
             f"Exact to: largest difference from {result.name}'s numbers, which lie between {result.span[0]:.3g} and "
             f"{result.span[1]:.3g}."
             for result in results
             if result.span is not None
         ),
         "\n".join(f"- {result.name}: {result.notes}" for result in results if result.notes),
-        "\n\n".join(f"{result.name} failed:\n\n```\n{result.error}\n```" for result in results if result.error),
+        *(f"{result.name} failed:\n\n```\n{result.error}\n```" for result in results if result.error),
         remarks,
     ]
     return "\n\n".join(line for line in lines if line) + "\n"

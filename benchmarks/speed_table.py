@@ -15,7 +15,7 @@ from measure import RESULTS, Result, main, results_table
 
 from tqdm_seg.program import option
 
-LEFT_OUT = ("least to most", "GFLOP", "peak MB", "first call s")
+LEFT_OUT = ("least", "most", "GFLOP", "peak MB", "first call s")
 BEGIN = "<!-- speed tables: python benchmarks/speed_table.py -->"
 END = "<!-- end of the speed tables -->"
 
