@@ -21,7 +21,7 @@ mask2former-swin-b, -l, eomt-b, -l, segformer-b5: transformers' models and post-
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -55,27 +55,10 @@ class InferenceSettings(Settings):
     )
 
 
-@dataclass(frozen=True)
-class Mode:
-    """How our model runs. windows: False for whole images."""
-
-    precision: str = "fp32"
-    compiled: bool = False
-    windows: bool = True
-    overlap: bool = True
-
-
-OURS = {
-    "ours-exact": Mode(),
-    "ours-compiled": Mode(compiled=True),
-    "ours-bf16": Mode("bf16"),
-    "ours-compiled-bf16": Mode("bf16", compiled=True),
-    "ours-int8": Mode("int8"),
-    "ours-no-overlap": Mode(overlap=False),
-    "ours-no-overlap-bf16": Mode("bf16", overlap=False),
-    "ours-whole-image": Mode(windows=False),
-    "ours-whole-image-bf16": Mode("bf16", windows=False),
-}
+OURS = (
+    "ours-plain", "ours-exact", "ours-compiled", "ours-bf16", "ours-compiled-bf16", "ours-int8", "ours-exported",
+    "ours-no-overlap", "ours-no-overlap-bf16", "ours-whole-image", "ours-whole-image-bf16",
+)  # fmt: skip
 
 
 def random_image(shape: tuple[int, int], device: torch.device, number: int) -> Tensor:
@@ -93,79 +76,60 @@ def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentati
 def build_published(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
     """The published order of work; its parts are those of one window."""
     order = PublishedOrder(random_model(preset, device))
-    side = order.model.config.window_size
-    return Work(
-        order,
-        partial(random_image, shape, device),
-        numbers=order.scores,
-        parts=lambda image: order.parts(image[..., :side, :side]),
-        notes="" if device.type == "cpu" else "samples by grid_sample; the published code has a compiled kernel",
-    )
+    side, inputs = order.model.config.window_size, partial(random_image, shape, device)
+    notes = "" if device.type == "cpu" else "samples by grid_sample; the published code has a compiled kernel"
+    return Work(order, inputs, numbers=order.scores, parts=lambda x: order.parts(x[..., :side, :side]), notes=notes)
 
 
-def build_plain(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
-    """Our model as loaded."""
-    model = random_model(preset, device)
-    inputs = partial(random_image, shape, device)
-    return Work(lambda image: model.segment(image).argmax(1), inputs, numbers=model.segment)
-
-
-def ready_model(preset: str, mode: Mode, device: torch.device) -> TqdmForSemanticSegmentation:
-    """Our model in one of its modes."""
-    model = ready_to_predict(random_model(preset, device), mode.precision, mode.compiled)
-    if not mode.overlap:
+def ready_model(name: str, preset: str, precision: str, device: torch.device) -> TqdmForSemanticSegmentation:
+    """Our model, made ready to predict as its name says."""
+    model = ready_to_predict(random_model(preset, device), precision, "compiled" in name)
+    if "no-overlap" in name:
         model.config.window_stride = model.config.window_size
-    if not mode.windows:
+    if "whole-image" in name:
         model.config.window_size = None
     return model
 
 
-def eager_float32(preset: str, mode: Mode, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """A mode in a form that the counter of operations can look into."""
-    return ready_model(preset, replace(mode, precision="fp32", compiled=False), device).segment_labels
+def build_ours(name: str, preset: str, shape: tuple[int, int], device: torch.device) -> Work:
+    """One of `OURS`."""
+    inputs = partial(random_image, shape, device)
+    if name == "ours-plain":
+        model = random_model(preset, device)
+        return Work(lambda image: model.segment(image).argmax(1), inputs, numbers=model.segment)
+    precision = next((part for part in ("bf16", "int8") if part in name), "fp32")
+    model, dtype, notes = ready_model(name, preset, precision, device), DTYPES[precision], ""
+    if precision == "int8":
+        dtype, notes = torch.int8, "8 bits in the vision tower only; utilisation is of 8-bit products all the same"
+    if name == "ours-exported":
+        folder = Path(tempfile.mkdtemp())
+        export_onnx(WindowModel(model), folder / "window.onnx", OPSET)
+        model.config.to_json_file(folder / "config.json")
+        model = OnnxSegmenter(folder)
+        notes = "deformable attention by grid_sample; peak memory includes what the export left in the process"
 
+    def counted() -> Callable[[Tensor], Tensor]:
+        """In eager float32, as the counter cannot look into the others."""
+        return ready_model(name.replace("compiled", "exact"), preset, "fp32", device).segment_labels
 
-def build_ours(preset: str, shape: tuple[int, int], mode: Mode, device: torch.device) -> Work:
-    """Our model in one of its modes."""
-    model, quantised = ready_model(preset, mode, device), mode.precision == "int8"
-    return Work(
-        call=model.segment_labels,
-        inputs=partial(random_image, shape, device),
-        dtype=torch.int8 if quantised else DTYPES[mode.precision],
-        numbers=model.segment,
-        counted=partial(eager_float32, preset, mode, device) if mode.compiled or quantised else None,
-        notes="8 bits in the vision tower only; utilisation is of 8-bit products all the same" if quantised else "",
-    )
-
-
-def build_exported(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
-    """Our model in onnxruntime."""
-    model, folder = ready_model(preset, Mode(), device), Path(tempfile.mkdtemp())
-    export_onnx(WindowModel(model), folder / "window.onnx", OPSET)
-    model.config.to_json_file(folder / "config.json")
-    runtime = OnnxSegmenter(folder)
-    return Work(
-        call=runtime.segment_labels,
-        inputs=partial(random_image, shape, device),
-        numbers=runtime.segment,
-        counted=partial(eager_float32, preset, Mode(), device),
-        notes="deformable attention by grid_sample; peak memory includes what the export left in the process",
-    )
+    hidden = precision == "int8" or "compiled" in name or name == "ours-exported"
+    return Work(model.segment_labels, inputs, dtype, model.segment, counted if hidden else None, notes=notes)
 
 
 def all_variants(settings: InferenceSettings, shape: tuple[int, int]) -> dict[str, Builder]:
     """Everything that runs at this size on this device."""
     preset, on_cpu = settings.preset, settings.torch_device.type == "cpu"
     window = TqdmConfig.from_preset(preset).window_size
-    variants = {
-        "published-order": partial(build_published, preset, shape), "ours-plain": partial(build_plain, preset, shape)
-    }  # fmt: skip
-    for name, mode in OURS.items():
-        differs = max(shape) > window or (mode.windows and mode.overlap)
-        if differs and (on_cpu or mode.precision != "int8"):
-            variants[name] = partial(build_ours, preset, shape, mode)
-    if on_cpu and min(shape) >= window:
-        variants["ours-exported"] = partial(build_exported, preset, shape)
+    variants = {"published-order": partial(build_published, preset, shape)}
+    for name in OURS:
+        needs_cpu, needs_window = name in ("ours-int8", "ours-exported"), name == "ours-exported"
+        needs_more = "no-overlap" in name or "whole-image" in name  # else it is ours-exact
+        if (
+            (on_cpu or not needs_cpu)
+            and (min(shape) >= window or not needs_window)
+            and (max(shape) > window or not needs_more)
+        ):
+            variants[name] = partial(build_ours, name, preset, shape)
     for name in OTHER_MODELS:
         if settings.precision != "bf16":
             variants[name] = partial(build_other, name, shape, torch.float32)

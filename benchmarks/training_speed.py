@@ -40,6 +40,8 @@ from tqdm_seg.training.teacher import Teacher
 
 CLASSES = 19
 BASELINE, ANOMALY = "published-order", "published-anomaly"
+OURS_IN_BF16 = ("ours-bf16", "ours-bf16-teacher", "ours-channels-last")
+OURS_IN_PRECISION = ("ours-checkpointing", "ours-compiled")
 Batch = dict[str, Any]
 
 
@@ -61,17 +63,6 @@ class TrainingSettings(Settings):
         self.batch_size = self.batch_size or (1 if self.torch_device.type == "cpu" else 16)
 
 
-@dataclass(frozen=True)
-class Mode:
-    """How our step runs. compiled: the backend of torch.compile."""
-
-    dtype: torch.dtype = torch.float32
-    teacher_dtype: torch.dtype | None = None
-    checkpointing: bool = False
-    channels_last: bool = False
-    compiled: str | None = None
-
-
 def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentation:
     """The model of a preset with the same random weights every time, in train mode."""
     torch.manual_seed(0)
@@ -91,13 +82,9 @@ def random_batch(settings: TrainingSettings, device: torch.device, number: int) 
 
 
 def make_work(
-    teacher: Callable[[Batch], Any],
-    loss: Callable[[Batch, Any], Tensor],
-    optimizer: torch.optim.Optimizer,
-    inputs: Callable[[int], Batch],
-    device: torch.device,
-    **work: Any,
-) -> Work:
+    teacher: Callable[[Batch], Any], loss: Callable[[Batch, Any], Tensor], optimizer: torch.optim.Optimizer,
+    inputs: Callable[[int], Batch], device: torch.device, **work: Any,
+) -> Work:  # fmt: skip
     """A training step. teacher: batch -> targets; loss: batch, targets -> scalar; work: more fields of `Work`."""
 
     def step(batch: Batch, lap: Callable[[str], None] = lambda part: None) -> None:
@@ -119,19 +106,13 @@ def make_work(
     return Work(step, inputs, parts=parts, **work)
 
 
-def without_waits(step: Callable[[Batch], None], device: torch.device) -> Callable[[Batch], None]:
-    """On a GPU the step fails where it makes the host wait for the device."""
-    if device.type != "cuda":
-        return step
-
-    def watched(batch: Batch) -> None:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return watched
+def without_waits(step: Callable[[Batch], None], batch: Batch) -> None:
+    """A step that fails on a GPU where it makes the host wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def comparable(model: TqdmForSemanticSegmentation, terms: dict[str, Tensor]) -> Tensor:
@@ -142,20 +123,22 @@ def comparable(model: TqdmForSemanticSegmentation, terms: dict[str, Tensor]) -> 
     return torch.stack([*(terms[name] for name in sorted(terms)), norm]).detach()
 
 
-def build_ours(settings: TrainingSettings, mode: Mode, device: torch.device) -> Work:
-    """Our step in one of its modes."""
+def build_ours(name: str, settings: TrainingSettings, device: torch.device) -> Work:
+    """Our step as its name says."""
+    bf16 = settings.precision == "bf16" if name in OURS_IN_PRECISION else name in OURS_IN_BF16
     model = random_model(settings.preset, device)
-    teacher = Teacher(model, dtype=mode.teacher_dtype)
-    if mode.channels_last:
+    teacher = Teacher(model, dtype=torch.bfloat16 if "teacher" in name else None)
+    if "channels-last" in name:
         model = model.to(memory_format=torch.channels_last)
-    if mode.checkpointing:
+    if "checkpointing" in name:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 1e-4, 0.1), fused=True)
-    autocast = torch.autocast(device.type, mode.dtype, enabled=mode.dtype != torch.float32)
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    autocast = torch.autocast(device.type, dtype, enabled=bf16)
     compiled = model
-    if mode.compiled:
+    if "compiled" in name:
         torch._inductor.config.fallback_random = True  # as train.py sets it
-        compiled = torch.compile(model, backend=mode.compiled)
+        compiled = torch.compile(model, backend=settings.compile)
 
     def targets(batch: Batch) -> dict[str, Tensor]:
         with autocast:
@@ -163,7 +146,7 @@ def build_ours(settings: TrainingSettings, mode: Mode, device: torch.device) -> 
 
     def outputs(called: torch.nn.Module, batch: Batch, targets: dict[str, Tensor]) -> Any:
         (counts,) = step_counts([loss_counts(batch, model)], device, published=False)
-        if mode.compiled:
+        if compiled is not model:
             torch._dynamo.maybe_mark_dynamic(batch["mask_index"], 0)
         with autocast:
             return called(**batch, **targets, loss_counts=counts, output_logits=False)
@@ -175,11 +158,13 @@ def build_ours(settings: TrainingSettings, mode: Mode, device: torch.device) -> 
     work, plain = (
         make_work(
             targets, lambda batch, given, called=called: outputs(called, batch, given).loss, optimizer, inputs, device,
-            dtype=mode.dtype, numbers=lambda _: numbers,
+            dtype=dtype, numbers=lambda _: numbers,
         )
         for called in (compiled, model)
     )  # fmt: skip
-    work.call, work.counted = without_waits(work.call, device), lambda: plain.call
+    work.counted = lambda: plain.call
+    if device.type == "cuda":
+        work.call = partial(without_waits, work.call)
     return work
 
 
@@ -227,18 +212,13 @@ def drawn_points(model: TqdmForSemanticSegmentation, batch: Batch) -> Tensor:
 
 def all_variants(settings: TrainingSettings) -> dict[str, Builder]:
     """Everything that can run."""
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    modes = {
-        "ours-exact": Mode(),
-        "ours-bf16": Mode(torch.bfloat16),
-        "ours-bf16-teacher": Mode(torch.bfloat16, torch.bfloat16),
-        "ours-channels-last": Mode(torch.bfloat16, channels_last=True),
-        "ours-checkpointing": Mode(dtype, checkpointing=True),
-    } | ({"ours-compiled": Mode(dtype, compiled=settings.compile)} if settings.compile else {})
-    variants = {name: partial(build_published, settings, name == ANOMALY) for name in (BASELINE, ANOMALY)}
-    if ANOMALY not in (settings.only or ()):
-        del variants[ANOMALY]
-    return variants | {name: partial(build_ours, settings, mode) for name, mode in modes.items()}
+    variants = {BASELINE: partial(build_published, settings, False)}
+    if ANOMALY in (settings.only or ()):
+        variants[ANOMALY] = partial(build_published, settings, True)
+    ours = [
+        name for name in ("ours-exact", *OURS_IN_BF16, *OURS_IN_PRECISION) if settings.compile or "compiled" not in name
+    ]
+    return variants | {name: partial(build_ours, name, settings) for name in ours}
 
 
 def measure_training(settings: TrainingSettings) -> int:
