@@ -75,20 +75,24 @@ setup(
     entry_points={"console_scripts": ["tqdm-seg = tqdm_seg.cli:main"]},
     cmdclass={"build_py": BuildPackage},
     install_requires=[
-        "torch>=2.10",
-        "torchvision>=0.25",
+        "torch>=2.11",  # 2.10 fails to compile a training step on images of several sizes
+        "torchvision>=0.26",
         "transformers>=5.10",
         "accelerate>=1.10",
-        "safetensors>=0.6",
+        "safetensors>=0.8",  # in older ones, loaded weights change when their file is written again
         "open_clip_torch>=3.0",
-        "datasets>=4.0",
+        "datasets>=4.1",
+        "fsspec>=2025.3.2",  # older ones hang in forked loader workers that read URLs
+        "huggingface_hub>=1.17",  # older ones do not bring what their command `hf` needs
+        "numpy>=2.0",
+        "pyarrow>=21",
         "evaluate>=0.4.6",
         "jinja2>=3.1",
         "opencv-python-headless>=5.0",  # older ones round warps to 1/32 of a pixel
         "pillow>=11",
-        "peft>=0.17",
-        "tensorboard>=2.15",
-        "tqdm>=4.66",
+        "peft>=0.18",  # the first for transformers 5
+        "tensorboard>=2.18",  # the first for NumPy 2
+        "tqdm>=4.66.3",
     ],
     extras_require={
         "test": [

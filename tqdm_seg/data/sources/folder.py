@@ -38,7 +38,7 @@ def read_classes(path: Path) -> LabelMap:
             raise ValueError(f"{path} line {number}: {line!r} is not NAME or NAME,ID or NAME,R,G,B with numbers to 255")
         kinds.add(len(values))
         new = ids.setdefault(name, len(ids) - 1)
-        value = int.from_bytes(map(int, values)) if values else new
+        value = int.from_bytes(map(int, values), "big") if values else new
         if len(kinds) > 1 or value in table:
             what = "its id or colour was named before" if len(kinds) == 1 else "lines have ids, colours, or neither"
             raise ValueError(f"{path} line {number}: {line!r}: {what}; every line needs its own, of one kind")
