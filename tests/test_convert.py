@@ -497,6 +497,7 @@ print(type(model).__name__, type(processor).__name__, type(base).__name__)
 """
 
 
+@pytest.mark.slow
 def test_a_converted_folder_predicts_in_a_fresh_process_as_the_published_code_did(pack, tmp_path, capsys):
     path, folder = tmp_path / "tqdm.pth", tmp_path / "OUT"
     torch.save({"meta": {"iter": 20000, "CLASSES": ("road",)}, "state_dict": pack.state, "optimizer": {}}, path)

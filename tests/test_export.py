@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 PHOTO = sorted(Path(__file__).parents[1].glob("examples/frames/*/*/image_data/*.png"))[0]
 
 
-@pytest.fixture(scope="module", params=["clip", "eva02"])
+@pytest.fixture(scope="module", params=[pytest.param(tower, marks=pytest.mark.slow) for tower in ("clip", "eva02")])
 def made(request, one_thread, tmp_path_factory) -> tuple[TqdmForSemanticSegmentation, Path, Path]:
     """A model whose masks are steep enough, and one class rare enough, that none wins everywhere; folder; export.
 

@@ -236,6 +236,7 @@ sys.exit(main(["predict", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_predicting_needs_torch_transformers_and_pillow_only(folder, photo, tmp_path):
     command = [sys.executable, "-c", PREDICT_WITHOUT, folder, photo, "--out", tmp_path / "out"]
     result = subprocess.run(command, capture_output=True, text=True)
