@@ -397,7 +397,7 @@ def test_plain_data_with_wrong_columns_ids_or_files_is_named(plain, tmp_path):
         plain_of(plain).frame(row, 0)
     row = next(plain_of(plain).rows())
     row["photo"]["bytes"] = photo(tmp_path / "other.png", 40, 40).read_bytes()
-    with pytest.raises(ValueError, match=r"label of 0_0.png in .* is 48x40, its picture 40x40 \(width x height\)"):
+    with pytest.raises(ValueError, match=r"label of 0_0.png in .* is 48x40, its image 40x40 \(width x height\)"):
         plain_of(plain).frame(row, 0)
 
 

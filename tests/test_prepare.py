@@ -339,6 +339,8 @@ def test_real_orfd_frames_go_through_and_are_those_of_the_example(tmp_path):
 
 def test_the_example_shards_are_whole():
     call("check", EXAMPLES / "orfd_mini", "--workers", 1)
+    card = (EXAMPLES / "orfd_mini" / "README.md").read_text(encoding="utf-8")
+    assert card == core.card(read_manifest(EXAMPLES / "orfd_mini"))
 
 
 def test_real_comma10k_frames_become_two_classes(tmp_path):
