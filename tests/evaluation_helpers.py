@@ -74,7 +74,7 @@ def prepared_folder(root: Path, name: str) -> Path:
     return root / name
 
 
-def offroad_frames(root: Path, frames: tuple[int, int] = (40, 20)) -> Path:
+def offroad_frames(root: Path, frames: tuple[int, int] = (16, 8)) -> Path:
     """Frames of two scenes in the ORFD layout."""
     for scene, count in zip(("y0613_1242", "y0614_0900"), frames, strict=True):
         orfd(root / "raw", count, scene, "validation", size=40)

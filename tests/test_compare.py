@@ -16,8 +16,7 @@ import pytest
 from tqdm_seg.commands import start
 from tqdm_seg.data.scenes import canonical_name
 from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
-from tqdm_seg.reports import comparison as comparison_tqdm
-from tqdm_seg.reports import comparison_text as comparison_report_tqdm
+from tqdm_seg.reports import comparison, comparison_text
 from tqdm_seg.reports.comparison import bootstrap, compare_tables
 from tqdm_seg.reports.comparison_text import CHINESE
 
@@ -241,7 +240,7 @@ def test_every_sentence_has_its_chinese_form_with_the_same_parts():
         return sorted(name for _, name, _, _ in string.Formatter().parse(text) if name)
 
     assert all(parts(english) == parts(chinese) for english, chinese in CHINESE.items())
-    for module in (comparison_report_tqdm, comparison_tqdm):
+    for module in (comparison_text, comparison):
         code = Path(module.__file__).read_text(encoding="utf-8")
         sentences = re.findall(r'(?:Message\(|text = )"(.*?)"', code)
         assert len(sentences) > 5 and set(sentences) <= CHINESE.keys()

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from tqdm_seg.data.label_maps import STREET_CLASSES
-from tqdm_seg.evaluation import metrics as metrics_tqdm
+from tqdm_seg.evaluation import metrics as metrics_module
 from tqdm_seg.evaluation.metrics import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
 
 SCRIPT = Path(__file__).parent.parent / "metrics" / "mean_iou_tqdm"
@@ -174,7 +174,7 @@ def test_it_agrees_with_cityscapes_scripts(load, tmp_path, seed):
 @pytest.mark.parametrize("ignored", [255, -1, -100, 0, 2, 65535, 10**9])
 @pytest.mark.parametrize("num_classes", [1, 4, 255, 256, 300])
 def test_the_matrix_counts_pairs_of_any_ids(monkeypatch, ignored, num_classes):
-    monkeypatch.setattr(metrics_tqdm, "CHUNK", 64)
+    monkeypatch.setattr(metrics_module, "CHUNK", 64)
     rng = np.random.default_rng(num_classes)
     values = np.array([*range(min(num_classes, 4)), num_classes - 1, ignored])
     prediction, truth = (values[rng.integers(0, len(values), 300)] for _ in range(2))
@@ -189,7 +189,7 @@ def test_the_matrix_counts_pairs_of_any_ids(monkeypatch, ignored, num_classes):
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64])
 def test_a_strange_id_is_found_wherever_it_stands(monkeypatch, dtype):
-    monkeypatch.setattr(metrics_tqdm, "CHUNK", 64)
+    monkeypatch.setattr(metrics_module, "CHUNK", 64)
     for where in (0, 57, 99):
         maps = {name: torch.zeros(100, dtype=dtype) for name in ("prediction", "labels")}
         for name in maps:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tqdm_seg.evaluation import counts as tables_tqdm
+from tqdm_seg.evaluation import counts as counts_module
 from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
 from tqdm_seg.evaluation.metrics import confusion_matrix, group_sums, scores
 
@@ -188,8 +188,11 @@ def test_text_that_is_no_utf8_and_foreign_files_are_refused(tmp_path):
     for name in ("a.csv", "b.csv", "c.parquet"):
         with pytest.raises(ValueError, match=name):
             read_table(tmp_path / name)
+    (tmp_path / "table.txt").touch()
     with pytest.raises(ValueError, match="neither .parquet nor .csv"):
         read_table(tmp_path / "table.txt")
+    with pytest.raises(FileNotFoundError, match="nowhere.csv"):
+        read_table(tmp_path / "nowhere.csv")
 
 
 def parquet(counts: pa.Array, **columns: list[object]) -> pa.Table:
@@ -251,11 +254,11 @@ def test_a_failed_write_leaves_the_old_table_and_never_a_foreign_protocol(tmp_pa
         return write
 
     for name in ("t.parquet", "t.csv"):
-        monkeypatch.setattr(tables_tqdm, "write_file", fail_at(name))
+        monkeypatch.setattr(counts_module, "write_file", fail_at(name))
         with pytest.raises(OSError, match="disk full"):
             write_table(tmp_path / name, new)
         assert np.array_equal(read_table(tmp_path / name).counts, old.counts)
-    monkeypatch.setattr(tables_tqdm, "write_file", fail_at("t.csv.json"))
+    monkeypatch.setattr(counts_module, "write_file", fail_at("t.csv.json"))
     with pytest.raises(OSError, match="disk full"):
         write_table(tmp_path / "t.csv", new)
     found = read_table(tmp_path / "t.csv")

@@ -1,7 +1,7 @@
 """mIoU as an `evaluate` metric: `evaluate.load("metrics/mean_iou_tqdm", num_classes=19)`, offline.
 
-The scores are those of `tqdm_seg.evaluation.metrics`, which must be installed (`pip install -e .` in this repository).
-Between batches a confusion matrix is kept, not the pixels: sets of any size cost no more memory or disk than one image.
+The scores are those of `tqdm_seg.evaluation.metrics`, which must be installed (`pip install -e .` here).
+Between batches it keeps a confusion matrix, not the pixels: memory and disk do not grow with the set.
 
 Letters: H, W image, K classes.
 """
@@ -16,23 +16,21 @@ from tqdm_seg.evaluation.metrics import class_accuracy, class_iou, confusion_mat
 
 DESCRIPTION = "Mean intersection over union of semantic segmentation, from one confusion matrix over all images."
 INPUTS = """
-predictions, references: batches or lists of (H, W) maps of class ids 0 ... K-1 and the ignored id, each prediction as
-    large as its reference, otherwise of any size. Tensors, arrays or nested lists.
+predictions, references: batches or lists of (H, W) maps of class ids 0 ... K-1 and the ignored id, as tensors, arrays
+    or nested lists; a prediction has the size of its reference.
 
 Returns mean_iou, mean_accuracy, overall_accuracy, per_category_iou and per_category_accuracy (lists of K, NaN for
-classes that have none), images, labelled_pixels, and label_policy: what the ignored id and absent classes did.
+absent classes), images, labelled_pixels, and label_policy: how the ignored id and absent classes count.
 Raises ValueError for a value that is neither a class nor the ignored id, and for maps of different sizes.
 """
 
 
 class MeanIouTqdm(evaluate.Metric):
-    """`num_classes`, and `ignore_index` for the id that references use for pixels that do not count, go to `load`."""
+    """Pass `num_classes`, and `ignore_index` for the id of pixels that do not count, to `load`."""
 
     def __init__(self, *args: Any, num_classes: int | None = None, ignore_index: int = 255, **kwargs: Any):
         if num_classes is None or num_classes < 1:
-            raise ValueError(
-                "the number of classes is missing; load the metric with num_classes=19 or as many as it is"
-            )
+            raise ValueError("the number of classes is missing; load the metric with it, such as num_classes=19")
         self.num_classes, self.ignore_index = num_classes, ignore_index
         self._clear()
         super().__init__(*args, **kwargs)
@@ -48,18 +46,18 @@ class MeanIouTqdm(evaluate.Metric):
 
     @property
     def label_policy(self) -> str:
-        """What counts, and how."""
+        """Which pixels and classes count, and how."""
         return (
             f"classes 0 ... {self.num_classes - 1}; pixels whose reference is {self.ignore_index} are left out; "
-            f"elsewhere a prediction of {self.ignore_index} is a miss for the true class and a false alarm for none; a "
-            "class in neither references nor predictions is NaN and left out of the means, one that is only predicted "
-            "has IoU 0; counts are summed over all images before ratios are taken"
+            f"elsewhere a prediction of {self.ignore_index} is a miss for the true class and a false alarm for no "
+            "class; a class in neither references nor predictions is NaN and left out of the means, one that is only "
+            "predicted has IoU 0; counts are summed over all images before ratios are taken"
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None) -> None:
-        """Counts a batch of maps, all of them or, if it raises, none."""
+        """Counts a batch of maps; when it raises, none of them."""
         if predictions is None or references is None or len(predictions) != len(references):
-            raise ValueError("predictions and references are not equally many; give one of each per image")
+            raise ValueError("predictions and references differ in number; give one of each per image")
         counts = [
             confusion_matrix(torch.as_tensor(p), torch.as_tensor(r), self.num_classes, self.ignore_index).cpu()
             for p, r in zip(predictions, references, strict=True)
@@ -72,12 +70,12 @@ class MeanIouTqdm(evaluate.Metric):
         self.add_batch(predictions=[prediction], references=[reference])
 
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
-        """Scores of all that was added and is given here, and begins anew. None on all processes but the first."""
+        """Scores of everything added and given here; starts over. None on all processes but the first."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
         if self.num_process == 1 and not self._images:
-            raise ValueError("there is nothing to compute; add images first")
-        # The base class gathers pairs of maps from all processes: the matrix and the number of images pass for one.
+            raise ValueError("nothing to compute; add images first")
+        # The base class gathers pairs of maps from all processes: matrix and number of images go as such a pair.
         super().add_batch(predictions=[self._matrix.tolist()], references=[[[self._images]]])
         self._clear()
         return super().compute()

@@ -114,9 +114,9 @@ def read_table(path: str | Path) -> FrameTable:
     Raises ValueError that names file, row (from 1, without the header), column and what to do; OSError if unreadable.
     """
     path = Path(path)
-    _check_suffix(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"file not found: {path}")
+    _check_suffix(path)
     try:
         return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     except ValueError as error:
@@ -351,7 +351,7 @@ def _check(wrong: np.ndarray, columns: Sequence[str], why: str) -> None:
 
 def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in (".parquet", ".csv"):
-        raise ValueError(f"{path} is neither .parquet nor .csv; name the table accordingly")
+        raise ValueError(f"{path} is neither .parquet nor .csv; give a table such as NAME.parquet of tqdm-seg evaluate")
 
 
 def _facts_path(path: Path) -> Path:

@@ -26,7 +26,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers.utils import logging
 
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -250,7 +249,6 @@ def write_results(results: dict[str, Any], out: Path) -> dict[str, Any]:
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Evaluates, prints and writes; returns what results.json holds, {} in other processes than the first."""
     use_huge_pages()
-    logging.disable_progress_bar()  # of loaded files: it would break the bar of the frames
     choose_device(options.device)  # raises ValueError if torch has none
     accelerator = Accelerator(cpu=options.device == "cpu" or not torch.accelerator.is_available())
     main_process, out, parts = accelerator.is_main_process, options.out, options.out / "parts"

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers.utils import logging
 
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -146,7 +145,6 @@ def compare_sets(folders: tuple[Path, Path], tables: dict[str, FrameTable]) -> d
 @takes(ReportOptions)
 def report(options: ReportOptions) -> Path:
     """Writes the page; returns where."""
-    logging.disable_progress_bar()
     results = read_results(options.results)
     datasets = {source.name: open_frames(source, results) for source in parse_sets(options.data or ())}
     tables = {name: read_table(options.results / f"{name}.parquet") for name in results["sets"]}
