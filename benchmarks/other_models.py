@@ -11,20 +11,9 @@ Architectures:
 from unittest import mock
 
 import torch
+import transformers as hf
 from measure import Work
 from torch import Tensor, nn
-from transformers import (
-    EomtConfig,
-    EomtForUniversalSegmentation,
-    EomtImageProcessor,
-    Mask2FormerConfig,
-    Mask2FormerForUniversalSegmentation,
-    Mask2FormerImageProcessor,
-    SegformerConfig,
-    SegformerForSemanticSegmentation,
-    SegformerImageProcessor,
-    SwinConfig,
-)
 from transformers.models.eomt import modeling_eomt
 from transformers.models.mask2former import modeling_mask2former
 
@@ -44,15 +33,15 @@ def build_other(name: str, size: tuple[int, int], dtype: torch.dtype, device: to
         mock.patch.object(modeling_eomt, "requires_backends"),
     ):
         if name in SWINS:
-            model, processor = mask2former(*SWINS[name]), Mask2FormerImageProcessor()
+            model, processor = mask2former(*SWINS[name]), hf.Mask2FormerImageProcessor()
         elif name in EOMTS:
             model = eomt(*EOMTS[name], side)
-            processor = EomtImageProcessor(size={"shortest_edge": side, "longest_edge": None}, do_split_image=True)
+            processor = hf.EomtImageProcessor(size={"shortest_edge": side, "longest_edge": None}, do_split_image=True)
             offsets = processor(torch.zeros(3, *size, dtype=torch.uint8), return_tensors="pt").patch_offsets
             more = {"patch_offsets": offsets}
             notes = f"windows of {side}: {len(offsets)}; masked attention annealed away, as in trained weights"
         else:
-            model, processor = segformer(), SegformerImageProcessor()
+            model, processor = segformer(), hf.SegformerImageProcessor()
     model.eval().requires_grad_(False).to(device, dtype)
 
     def inputs(number: int) -> Tensor:
@@ -74,11 +63,11 @@ def build_other(name: str, size: tuple[int, int], dtype: torch.dtype, device: to
 
 def mask2former(width: int, heads: list[int]) -> nn.Module:
     """Mask2Former on Swin."""
-    swin = SwinConfig(
+    swin = hf.SwinConfig(
         image_size=384, embed_dim=width, depths=[2, 2, 18, 2], num_heads=heads, window_size=12, drop_path_rate=0.3,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
-    return Mask2FormerForUniversalSegmentation(Mask2FormerConfig(
+    return hf.Mask2FormerForUniversalSegmentation(hf.Mask2FormerConfig(
         backbone_config=swin, encoder_layers=6, decoder_layers=10, encoder_feedforward_dim=1024, dim_feedforward=2048,
         num_queries=100, id2label=CLASSES,
     ))  # fmt: skip
@@ -86,7 +75,7 @@ def mask2former(width: int, heads: list[int]) -> nn.Module:
 
 def eomt(width: int, layers: int, heads: int, mask_blocks: int, side: int) -> nn.Module:
     """EoMT for windows of side x side."""
-    model = EomtForUniversalSegmentation(EomtConfig(
+    model = hf.EomtForUniversalSegmentation(hf.EomtConfig(
         hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_blocks=mask_blocks, image_size=side,
         patch_size=16, num_queries=100, num_register_tokens=4, num_upscale_blocks=2, layerscale_value=1e-5,
         id2label=CLASSES,
@@ -97,7 +86,7 @@ def eomt(width: int, layers: int, heads: int, mask_blocks: int, side: int) -> nn
 
 def segformer() -> nn.Module:
     """SegFormer-B5."""
-    return SegformerForSemanticSegmentation(SegformerConfig(
+    return hf.SegformerForSemanticSegmentation(hf.SegformerConfig(
         depths=[3, 6, 40, 3], hidden_sizes=[64, 128, 320, 512], num_attention_heads=[1, 2, 5, 8],
         sr_ratios=[8, 4, 2, 1], mlp_ratios=[4, 4, 4, 4], decoder_hidden_size=768, id2label=CLASSES,
     ))  # fmt: skip
