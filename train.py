@@ -205,7 +205,7 @@ class Run:
 
 
 def batch_counts(batch: dict[str, Tensor], net: TqdmForSemanticSegmentation) -> LossCounts:
-    """What the losses of this batch alone would be divided by."""
+    """What the losses of this batch are divided by when it is the whole step."""
     config = net.config
     return count_losses(
         batch["mask_index"], batch["labels"], config.num_labels, config.no_object_weight, config.score_map_loss_over,

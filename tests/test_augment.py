@@ -24,7 +24,7 @@ from tqdm_seg.training.augment import (
 RATIOS = (0.5, 0.51, 0.77, 0.999, 1.0, 1.3, 1.777, 2.0)
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
     """(height, width, 3) uint8: smooth shapes with sharp edges and noise."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
@@ -33,7 +33,7 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def bilinear(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The formula in float64: centres (i + 0.5) * old / new - 0.5, cut to the picture, two neighbours a side."""
+    """The formula in float64: centres (i + 0.5) * old / new - 0.5, clipped to the image, two neighbours a side."""
     result = image.astype(np.float64)
     for axis, new in enumerate(size):
         old = image.shape[axis]
@@ -86,7 +86,7 @@ def test_labels_of_a_window_are_those_of_opencv(ratio):
 
 @pytest.mark.parametrize("ratio", RATIOS)
 def test_pixels_of_a_window_are_those_of_the_formula(ratio):
-    image = picture(61, 97)
+    image = photo(61, 97)
     size = scaled_size(61, 97, ratio)
     formula = bilinear(image, size)
     for window in ((slice(3, 23), slice(7, 40)), (slice(size[0] - 9, size[0] + 5), slice(0, 200))):
@@ -122,7 +122,7 @@ def test_windows_are_uniform_and_small_sides_whole():
     assert all(70 < sum(top == value for top, _ in corners) < 130 for value in range(3))
 
 
-def test_a_crop_with_one_class_or_three_quarters_of_one_is_drawn_anew():
+def test_a_crop_with_one_class_or_three_quarters_of_one_is_redrawn():
     labels = np.zeros((64, 64), np.uint8)
     labels[48:] = 1
     labels[:, :4] = 255  # ignored pixels count for nothing
@@ -147,7 +147,7 @@ def test_the_eleventh_crop_is_taken_as_it_is(monkeypatch):
 def test_a_crop_drawn_for_a_class_holds_enough_of_it():
     labels = np.zeros((96, 96), np.uint8)
     labels[:30, :30] = 1
-    image = picture(96, 96)
+    image = photo(96, 96)
     transform = TrainTransform(crop=32, min_class_pixels=300, max_class_share=2)
     found = [
         [transform(image, labels, np.random.default_rng(seed), wanted).class_pixels[1] for seed in range(60)]
@@ -214,7 +214,7 @@ YES, NO = 0.2, 0.8
 
 @pytest.mark.parametrize("contrast_first", [True, False])
 def test_steps_come_in_the_published_order_and_ranges(contrast_first):
-    image = picture(12, 20)
+    image = photo(12, 20)
     steps = {
         "brightness": ((-32, 32), lambda x: scale_colours(x, shift=-7.5), -7.5),
         "contrast": ((0.5, 1.5), lambda x: scale_colours(x, 1.3), 1.3),
@@ -233,7 +233,7 @@ def test_steps_come_in_the_published_order_and_ranges(contrast_first):
 
 
 def test_each_step_is_left_out_half_of_the_time():
-    image = picture(4, 4)
+    image = photo(4, 4)
     assert np.array_equal(distort_colours(image, Script([NO] * 5, [])), image)
     assert np.array_equal(distort_colours(image, Script([NO, YES, NO, NO, YES], [9])), turn_hue(image, 9))
     coins = [np.random.default_rng(seed).random(5) < 0.5 for seed in range(400)]
@@ -276,7 +276,7 @@ def test_image_and_labels_move_together():
 
 
 def test_half_of_the_crops_are_mirrored_with_their_labels():
-    image, labels = picture(32, 32), np.random.default_rng(0).integers(0, 3, (32, 32), dtype=np.uint8)
+    image, labels = photo(32, 32), np.random.default_rng(0).integers(0, 3, (32, 32), dtype=np.uint8)
     crops = [TrainTransform(32, (1, 1))(image, labels, np.random.default_rng(seed)) for seed in range(100)]
     ids = [crop.labels.numpy() for crop in crops]
     mirrored = [np.array_equal(found, labels[:, ::-1]) for found in ids]
@@ -285,7 +285,7 @@ def test_half_of_the_crops_are_mirrored_with_their_labels():
 
 
 def test_both_ways_of_resizing_show_the_same_crop():
-    image, labels = picture(80, 100), np.random.default_rng(0).integers(0, 3, (80, 100), dtype=np.uint8)
+    image, labels = photo(80, 100), np.random.default_rng(0).integers(0, 3, (80, 100), dtype=np.uint8)
     for seed in range(8):
         one, other = (
             TrainTransform(crop=32, resize=resize)(image, labels, np.random.default_rng(seed))

@@ -48,7 +48,7 @@ class TrainPlan:
     """Which frame every sample of a run shows; a pure function of (seed, sample).
 
     class_pixels (R, K) int64, labelled pixels of every class in every frame; names: of the classes, for messages.
-    sampling: rare classes, or None: every epoch is a permutation of all frames.
+    sampling: rare classes, or None: every epoch shows all frames in a new order.
     Raises ValueError when a class occurs, but in no frame with more than `min_pixels` of it.
     """
 

@@ -57,7 +57,7 @@ def learning_rate(step: int, base: float, steps: int, warmup_steps: int, min_lr:
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, step: int, steps: int, warmup_steps: int, min_lr: float
 ) -> dict[str, float]:
-    """Sets every group's rate for `step`, a function of the step alone; returns them by group."""
+    """Sets every group's rate for `step`, which depends only on the step; returns them by group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, group["base_lr"], steps, warmup_steps, min_lr)
     return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}
@@ -67,7 +67,7 @@ def step_counts(parts: list[LossCounts], device: torch.device, published: bool) 
     """What the losses of every accumulated batch of an optimiser step are divided by, given each batch's own counts.
 
     The mean over all batches of all processes, so that the step is that of one large batch. published: as the published
-    code does, only the number of masks, and that over the processes alone; the rest is each batch's own.
+    code does, only the number of masks, averaged over the processes; all other counts are each batch's own.
     """
     counts = torch.stack([torch.stack(part) for part in parts]).to(device, non_blocking=True)  # (parts, 3)
     mean = counts.clone()
