@@ -28,7 +28,7 @@ WRONG_PATHS = {
     "train": "--data nosuch --out out",
     "check": "nosuch",
     "audit": "nosuch nosuch2",
-    "prepare orfd": "nosuch out",
+    "prepare orfd": "nosuch --out out",
 }
 
 
