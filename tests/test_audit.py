@@ -577,7 +577,7 @@ def test_reports_that_cannot_be_written_end_the_audit_before_the_work_where_that
         result = audit(*sets, "--csv", out)
         assert result.status == 1 and str(out) in result.err and result.out == ""
     # The name is short enough, that of the unfinished file is not.
-    result = audit(*sets, "--csv", tmp_path / ("x" * 250))
+    result = audit(*sets, "--csv", tmp_path / ("x" * 254))
     assert result.status == 1 and "LEAKS: same scene 1" in result.out
 
 
