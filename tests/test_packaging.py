@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("tqdm_seg", "metrics", "examples")
+COPIED = ("metrics/", "examples/", "recipes/")
 
 
 def run(*command: object, folder: Path, **variables: str) -> str:
@@ -32,7 +32,7 @@ def copy(tmp_path_factory) -> Path:
     """A copy of the checkout, so that building leaves nothing behind."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in tracked():
-        if name.startswith(FOLDERS) or "/" not in name:
+        if name.startswith(("tqdm_seg/", *COPIED)) or "/" not in name:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes((ROOT / name).read_bytes())
     return folder
@@ -67,7 +67,7 @@ def site(wheel, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_the_shipped_modules_metric_and_examples(wheel):
     root = {f"tqdm_seg/{path.name}" for path in ROOT.glob("*.py") if path.name != "setup.py"}
     expected = root | {name for name in tracked() if name.startswith("tqdm_seg/") and not name.endswith(".pyi")}
-    expected |= {f"tqdm_seg/{name}" for name in tracked() if name.startswith(("metrics/", "examples/"))}
+    expected |= {f"tqdm_seg/{name}" for name in tracked() if name.startswith(COPIED)}
     assert names(wheel) == expected
     assert {"tqdm_seg/py.typed", "tqdm_seg/data/templates/dataset_card.md"} < expected
     assert wheel.stat().st_size < 12e6  # 10 MB, nearly all of it example frames
