@@ -405,7 +405,7 @@ def hash_or_problem(frame: NamedFrame) -> np.ndarray | None | str:
         reason = "not an image of a known format"
     except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
         reason = str(error)
-    return f"cannot read {frame.name} ({reason}); copy the file anew, convert it or remove it"
+    return f"cannot read {frame.name} ({reason}); copy the file again, convert it or remove it"
 
 
 def image_hash(content: bytes) -> np.ndarray | None:

@@ -151,7 +151,7 @@ SYNTHIA = LabelMap(
     "the 19 classes, of which terrain, truck and train never occur: score the other 16; the rest is ignored",
 )  # fmt: skip
 
-# Two maps from the 66 ids of Mapillary Vistas v1.2 are in use, and scores under one cannot be set beside the other's.
+# Two maps from the 66 ids of Mapillary Vistas v1.2 are in use; scores under different maps cannot be compared.
 _MAPILLARY_ROBUSTNET = {
     13: 0, 24: 0, 41: 0, 2: 1, 15: 1, 17: 2, 6: 3, 3: 4, 45: 5, 47: 5, 48: 6, 50: 7, 30: 8, 29: 9, 27: 10, 19: 11,
     20: 12, 21: 12, 22: 12, 55: 13, 61: 14, 54: 15, 58: 16, 57: 17, 52: 18,

@@ -30,7 +30,7 @@ class RecordingTime(NamedTuple):
     minute: int
 
     def moments(self, around_year: int) -> list[datetime]:
-        """The moment that is meant; without a year, the possible ones of around_year and the years beside it."""
+        """The moment that is meant; without a year, the possible ones of around_year and the years around it."""
         years = [self.year] if self.year is not None else [around_year - 1, around_year, around_year + 1]
         leap_day = (self.month, self.day) == (2, 29)
         return [datetime(year, *self[1:]) for year in years if isleap(year) or not leap_day]
