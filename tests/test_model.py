@@ -304,8 +304,8 @@ def test_half_precision_is_close_and_finite(model, images, dtype, tmp_path):
     with torch.no_grad():
         ours, full = half(images.to(dtype)), model(images)
     assert ours.logits.dtype == dtype and ours.logits.isfinite().all()
-    agreement = (ours.logits.argmax(1) == full.logits.argmax(1)).float().mean()
-    assert agreement > 0.9 and (ours.image_embedding.float() - full.image_embedding).abs().max() < 0.1
+    for name, bound in (("logits", 0.05), ("image_embedding", 0.1)):
+        assert (ours[name].float() - full[name]).abs().max() < bound, name
 
 
 def test_half_precision_trains(model, images, labels):
