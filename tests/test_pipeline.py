@@ -225,7 +225,7 @@ def test_card_is_written_and_a_folder_with_other_files_is_left_alone(folder, mod
     save_model_folder(model, TqdmImageProcessor(), target, texts={"README.md": "# second\n"})
     assert (target / "README.md").read_text() == "# second\n"
     (target / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="also holds notes.txt; choose a new folder"):
+    with pytest.raises(FileExistsError, match="notes.txt"):
         save_model_folder(model, TqdmImageProcessor(), target, texts={"README.md": "# third\n"})
     assert (target / "README.md").read_text() == "# second\n" and (target / "notes.txt").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
@@ -233,9 +233,9 @@ def test_card_is_written_and_a_folder_with_other_files_is_left_alone(folder, mod
 
 def test_interrupted_writing_leaves_the_old_folder_and_nothing_else(tmp_path):
     target = tmp_path / "folder"
-    with replace_folder(target) as temporary:
+    with replace_folder(target, "train") as temporary:
         (temporary / "a").write_text("old")
-    with pytest.raises(KeyboardInterrupt), replace_folder(target) as temporary:
+    with pytest.raises(KeyboardInterrupt), replace_folder(target, "train") as temporary:
         (temporary / "a").write_text("new")
         raise KeyboardInterrupt
     assert (target / "a").read_text() == "old" and list(tmp_path.iterdir()) == [target]

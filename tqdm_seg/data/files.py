@@ -1,12 +1,34 @@
-"""Example files, and files and folders that are written whole or not at all. Imports the standard library only."""
+"""Files and folders that are written whole or not at all, and only where nothing of anybody's is lost.
 
+One rule for every program: OUT is ours. A folder that a program makes bears a mark, the hidden file `.tqdm-seg`. What
+bears none is never removed, replaced or written into; a folder that is replaced whole holds only files its mark names.
+Temporary files and folders have names of our own, so that the next start finds and removes what a kill left behind.
+Imports the standard library only.
+"""
+
+import errno
+import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
+
+from .. import __version__
 
 _PACKAGE = Path(__file__).parents[1]
+MARK = ".tqdm-seg"
+_TEMPORARY, _OLD = ".tqdm-seg.tmp.", ".tqdm-seg.old."
+# What operating systems, editors and mounts leave in folders: nobody's property, no obstacle, no data.
+SYSTEM_FILES = (
+    ".DS_Store", "._*", ".AppleDouble", ".Spotlight-V100", ".Trashes", ".fseventsd", "__MACOSX", "Thumbs.db",
+    "ehthumbs.db", "desktop.ini", "$RECYCLE.BIN", "System Volume Information", "lost+found", ".ipynb_checkpoints",
+    ".directory", ".nfs*", ".Trash-*", "@eaDir",
+)  # fmt: skip
 
 
 def example(name: str) -> Path:
@@ -20,6 +42,185 @@ def example(name: str) -> Path:
     raise FileNotFoundError(f"file not found: {_PACKAGE / 'examples' / name}; install the package again")
 
 
+# ---- Reading
+
+
+def is_system_file(path: str | Path) -> bool:
+    """Whether the name, or a folder on a relative path, is one that systems leave behind (.DS_Store, Thumbs.db)."""
+    return any(fnmatch(part.lower(), known.lower()) for part in Path(path).parts for known in SYSTEM_FILES)
+
+
+def files_below(folder: Path) -> list[str]:
+    """Names of all files below a folder, as 'a/b.png', sorted; system files and our mark left out."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+    return sorted(name.as_posix() for name in found if not is_system_file(name) and name.name != MARK)
+
+
+def read_json(path: Path, required: Iterable[str] = (), fix: str = "make or copy it again") -> dict[str, Any]:
+    """The fields of a JSON file.
+
+    Raises FileNotFoundError for a missing file, and ValueError naming it for one that is empty, cut, no object, or
+    lacks a required field; `fix` says what to do.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"file not found: {path}; {fix}") from error
+    except OSError as error:
+        raise OSError(f"cannot read {path} ({error.strerror}); {fix}") from error
+    return parse_json(content, path, required, fix)
+
+
+def parse_json(
+    content: str | bytes, name: str | Path, required: Iterable[str] = (), fix: str = "make or copy it again"
+) -> dict[str, Any]:
+    """As `read_json`, of a text that `name` stands for."""
+    if not content.strip():
+        raise ValueError(f"{name} is empty; {fix}")
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name} is damaged or no JSON ({cut(error, 80)}); {fix}") from error
+    if not isinstance(fields, dict):
+        kind = {"list": "a list", "str": "a text", "NoneType": "null"}.get(type(fields).__name__, "a number")
+        raise ValueError(f"{name} holds {kind} where fields are expected; {fix}")
+    if missing := [field for field in required if field not in fields]:
+        raise ValueError(f"{name} lacks {', '.join(missing[:5])}; {fix}")
+    return fields
+
+
+def plain_name(name: object, source: str | Path) -> str:
+    """`name`, which `source` gives for a file in a folder of its own; raises ValueError for a path, such as '../x'."""
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
+    if not plain:
+        raise ValueError(f"{source} names a file {cut(repr(name), 60)}; expected a plain file name, without a folder")
+    return str(name)
+
+
+def cut(text: object, length: int = 60) -> str:
+    """The text on one line, no longer than `length`."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+# ---- OUT is ours
+
+
+def check_not_input(out: Path, inputs: Iterable[str | Path]) -> None:
+    """Raises FileExistsError when an output is one of the inputs, or a folder that holds one."""
+    target = out.resolve()
+    for source in map(Path, inputs):
+        if not source.exists():
+            continue
+        if target == source.resolve() or (out.exists() and out.samefile(source)):
+            raise FileExistsError(f"{out} is an input, which is never written over; choose another name for the output")
+        if source.resolve().is_relative_to(target):
+            raise FileExistsError(f"{out} holds the input {source}; choose another folder for the output")
+
+
+def check_out_folder(folder: Path, program: str, inputs: Iterable[str | Path] = (), whole: bool = False) -> None:
+    """Raises OSError, before any work, unless a program may write into the folder.
+
+    It may be new, empty, or an earlier OUT of this program. whole: it will be replaced, so all its files are named in
+    its mark. The folder is no input and holds none.
+    """
+    check_not_input(folder, inputs)
+    _check_place(folder)
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file; choose a new folder")
+    mark, found = read_mark(folder), files_below(folder)
+    if mark is None and found:
+        raise FileExistsError(
+            f"{folder} holds {_some(found)}, not made by tqdm-seg {program}; choose a new or empty folder"
+        )
+    if mark is not None and mark["program"] != program and found:
+        raise FileExistsError(f"{folder} was made by tqdm-seg {mark['program']}, not {program}; choose another folder")
+    if mark is not None and whole and (others := sorted(set(found) - set(mark.get("files", ())))):
+        raise FileExistsError(
+            f"{folder} also holds {_some(others)}, not made by tqdm-seg {program}; move that away, or choose a new folder"
+        )
+
+
+def check_out_file(path: Path, begins: str | bytes, inputs: Iterable[str | Path] = ()) -> None:
+    """Raises OSError, before any work, unless a program may write this file.
+
+    It may be new, empty, or an earlier one of this program: that begins with `begins`. It is no input.
+    """
+    check_not_input(path, inputs)
+    _check_place(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; name a file to write")
+    if path.exists():
+        start = begins.encode() if isinstance(begins, str) else begins
+        with path.open("rb") as file:
+            before = file.read(len(start))
+        if before and before != start:
+            raise FileExistsError(f"{path} exists and is none of this program's files; choose a new name")
+
+
+def _check_place(path: Path) -> None:
+    """Raises OSError unless the nearest folder above that exists is a folder in which files can be made."""
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise NotADirectoryError(f"{above} is a file, so {path} cannot be made; choose another place")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write into {above}; choose another place than {path}")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(cut(name) for name in names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+
+
+def claim_folder(folder: Path, program: str) -> None:
+    """Makes the folder if need be, marks it, and removes what a killed program left in it.
+
+    For folders that fill up step by step. Raises as `check_out_folder`.
+    """
+    check_out_folder(folder, program)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_mark(folder, program)
+    for path in sorted(folder.rglob(_TEMPORARY + "*"), reverse=True):
+        if path.is_dir() and not path.is_symlink():
+            remove_folder(path)
+        elif path.exists():
+            path.unlink()
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """What the mark of a folder says, or None where there is none."""
+    try:
+        return read_json(folder / MARK, ("program",))
+    except (OSError, ValueError):
+        return None
+
+
+def write_mark(folder: Path, program: str, files: Sequence[str] | None = None) -> None:
+    """Marks a folder as made by a program. files: all that it holds, so that it may be replaced whole."""
+    mark = {"program": program, "version": __version__} | ({} if files is None else {"files": list(files)})
+    (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder that bears our mark or is empty, the mark last; raises FileExistsError for any other."""
+    if not os.path.lexists(folder):
+        return
+    ours = folder.is_dir() and not folder.is_symlink() and (read_mark(folder) is not None or not files_below(folder))
+    if not ours:
+        raise FileExistsError(f"{folder} is in the way, and this program did not make it; move it away")
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
+    (folder / MARK).unlink(missing_ok=True)
+    folder.rmdir()
+
+
+# ---- Writing
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path with the suffix of `path`; after the block the file written there replaces `path`.
@@ -27,11 +228,13 @@ def replace_file(path: Path) -> Iterator[Path]:
     Makes the folder of `path`. When the block raises, `path` stays as before.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    temporary = path.with_name(_TEMPORARY + path.name)
     try:
-        yield temporary
-        _flush_to_disk(temporary)
-        os.replace(temporary, path)
+        with _named_when_full(path):
+            yield temporary
+            _make_public(temporary)
+            _flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -42,44 +245,97 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON, the whole file or, when that fails, nothing."""
+    write_file(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, program: str) -> Iterator[Path]:
     """A temporary empty folder; after the block it replaces `folder`. When the block raises, `folder` stays as before.
 
-    At every moment one whole version is on disk.
+    At every moment one whole version is on disk. Raises FileExistsError for a folder that is not the program's own.
     """
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            _flush_to_disk(path)
-    except BaseException:
-        shutil.rmtree(temporary)
-        raise
-    move_folder(temporary, folder)
+    temporary = folder.with_name(_TEMPORARY + folder.name)
+    restore_folder(folder)
+    check_out_folder(folder, program, whole=True)
+    remove_folder(temporary)
+    with _named_when_full(folder):
+        temporary.mkdir(parents=True)
+        write_mark(temporary, program)
+        try:
+            yield temporary
+            write_mark(temporary, program, files_below(temporary))
+            for path in (*temporary.rglob("*"), temporary):
+                _make_public(path)
+                _flush_to_disk(path)
+            move_folder(temporary, folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            restore_folder(folder)
+            raise
 
 
 def move_folder(source: Path, target: Path) -> None:
-    """Renames `source` to `target`; a folder already there is deleted, but only after the new one took its name."""
+    """Renames `source`, which bears a mark, to `target`; an earlier one is removed after the new one took its name.
+
+    Raises FileExistsError for a target that the same program did not make.
+    """
     target = target.resolve()
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
+    old = target.with_name(_OLD + target.name)
+    restore_folder(target)
+    check_out_folder(target, (read_mark(source) or {"program": ""})["program"], whole=True)
     if target.exists():
         target.rename(old)
     source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    remove_folder(old)
     _flush_to_disk(target.parent)
 
 
+def restore_folder(target: Path) -> None:
+    """Undoes or ends a `move_folder` that was killed: the old version returns where there is no new one."""
+    target = target.resolve()
+    old = target.with_name(_OLD + target.name)
+    if old.is_dir() and not target.exists():
+        old.rename(target)
+    remove_folder(old)
+
+
+@contextmanager
+def _named_when_full(path: Path) -> Iterator[None]:
+    """Says which file did not fit on a full disk, whatever library found out."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
+            words = "the disk is full; make room and start the same command again; not written"
+            raise OSError(errno.ENOSPC, words, str(path)) from error
+        raise
+
+
+def _make_public(path: Path) -> None:
+    """Lets others read the file as the umask says; safetensors and temporary files forbid it."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(stat.S_IMODE(path.stat().st_mode) | 0o666 & ~umask)
+
+
 def _flush_to_disk(path: Path) -> None:
-    windows = os.name == "nt"
-    if windows and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
+    """Waits until the file is on disk, and the folder where the system can."""
+    folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" and not folder else os.O_RDONLY)
+    except OSError:
+        if folder:  # Windows opens no folders
+            return
+        raise
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if not folder or error.errno == errno.ENOSPC:  # some network drives flush no folders
+            raise
     finally:
         os.close(descriptor)

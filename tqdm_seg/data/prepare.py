@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import ExifTags, Image
 from tqdm import tqdm
 
-from .files import move_folder, write_file
+from .files import check_out_folder, files_below, move_folder, write_file, write_mark
 from .images import apply_orientation, decode_image, shown_size
 from .label_maps import IGNORE_INDEX, LabelMap
 from .options import PrepareOptions
@@ -338,6 +338,7 @@ def _finished(options: PrepareOptions, plan: dict[str, Any]) -> dict[str, Any] |
     changed = _differences(manifest, plan)
     if changed:
         if options.overwrite:
+            check_out_folder(out, "prepare", whole=True)
             return None
         raise FileExistsError(
             f"{out} was made with other files or options ({changed}); use another --out, or --overwrite to replace it"
@@ -375,6 +376,7 @@ def _open_partial(options: PrepareOptions, plan: dict[str, Any], files: set[str]
             if f"data/{path.name}" not in files:
                 path.unlink()
         write_file(plan_file, json.dumps(plan).encode())
+        write_mark(folder, "prepare")
     except OSError as error:
         raise OSError(f"cannot write {folder} ({error}); choose an --out where files can be made") from error
     return folder
@@ -429,6 +431,7 @@ def _finish(out: Path, folder: Path, manifest: dict[str, Any], shards: list[Shar
         write_file(folder / "README.md", card(manifest).encode())
         write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (folder / "plan.json").unlink()
+        write_mark(folder, "prepare", files_below(folder))
         move_folder(folder, out)
     except OSError as error:
         raise OSError(

@@ -397,6 +397,6 @@ def convert(options: ConvertOptions) -> Path:
     else:
         torch.manual_seed(options.seed)
         model, conversion = start_model(options.init, state, activation, options.class_names)
-    save_model_folder(model, TqdmImageProcessor(), options.out)
+    save_model_folder(model, TqdmImageProcessor(), options.out, program="convert")
     print(f"{conversion}\n{options.out}: {model.config.num_labels} classes, {model.num_parameters():,} parameters")
     return options.out

@@ -10,7 +10,6 @@ if __name__ == "__main__":
 
 import importlib
 import importlib.util
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,14 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter
 
-from ..data.files import example, replace_folder
+from ..data.files import check_out_folder, example, replace_folder, write_json
 from ..program import takes
 from .folder import load_model, model_folder
 from .options import ExportOptions
 from .speed import ready_to_predict
 
 INPUT, OUTPUT = "pixel_values", "scores"
-MARK = "export.json"
+FACTS = "export.json"
 BOUND = 5e-4  # of a score, a sum of probabilities: what their logits may differ by from the published code's
 
 
@@ -127,19 +126,11 @@ def compare_scores(
     return found
 
 
-def check_out(out: Path, model: Path) -> None:
-    """Raises FileExistsError unless OUT is new, empty, or an earlier export: only that is replaced."""
-    if out.resolve() == model.resolve():
-        raise FileExistsError(f"{out} is the model; choose a new folder for the export")
-    if out.exists() and not (out.is_dir() and ((out / MARK).is_file() or not any(out.iterdir()))):
-        raise FileExistsError(f"{out} exists and is no export; choose a new folder")
-
-
 @takes(ExportOptions)
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes OUT, whole or not at all; returns what export.json holds."""
     folder, out, formats = model_folder(options.model), options.out, options.format
-    check_out(out, folder)
+    check_out_folder(out, "export", [folder], whole=True)
     packages = [] if "onnx" not in formats else ["onnx", "onnxscript", *(["onnxruntime"] if options.check else [])]
     versions = {"torch": torch.__version__} | {name: require(name).__version__ for name in packages}
     model, processor = load_model(folder)
@@ -151,7 +142,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         expected = {name: model.score(x) for name, x in inputs.items()}
     window, zeros, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
-    with replace_folder(out) as temporary:
+    with replace_folder(out, "export") as temporary:
         config.to_json_file(temporary / "config.json")
         processor.to_json_file(temporary / "preprocessor_config.json")
         if "torch" in formats:
@@ -166,7 +157,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
             export_onnx(window, path, options.opset)
             if inputs:
                 checks[path.name] = compare_scores(path.name, OnnxSegmenter(temporary).score, inputs, expected)
-        (temporary / MARK).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(temporary / FACTS, facts)
     print_files(out, checks)
     return facts
 

@@ -3,8 +3,6 @@
 A model loads with the classes of this package, so no code from its folder runs.
 """
 
-import json
-import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +20,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from .. import __version__
-from ..data.files import replace_folder
+from ..data.files import MARK, SYSTEM_FILES, read_json, replace_folder
 from ..env import code_commit
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
@@ -79,14 +77,7 @@ def load_model(folder: Path) -> tuple[TqdmForSemanticSegmentation, TqdmImageProc
 def check_model_folder(folder: Path) -> None:
     """Raises FileNotFoundError or ValueError, naming the file, unless the folder holds a tqdm model's files, whole."""
     for name in _CONFIGURATIONS:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"file not found: {folder / name}; save, convert or download the model again")
-        try:
-            fields = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / name} is no JSON: {error}; save or download the model again") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{folder / name} holds a {type(fields).__name__}, not the fields of a model")
+        fields = read_json(folder / name, fix="save, convert or download the model again")
         if name == "config.json" and fields.get("model_type") != TqdmConfig.model_type:
             raise ValueError(
                 f"{folder / name}: the model type is {fields.get('model_type')}, not {TqdmConfig.model_type}; "
@@ -141,28 +132,23 @@ def save_model_folder(
     processor: TqdmImageProcessor,
     folder: str | Path,
     texts: dict[str, str] | None = None,
+    program: str = "train",
 ) -> None:
     """Writes a folder that the Auto classes and `pipeline` load with trust_remote_code=True.
 
-    texts: further files by name, such as the card, README.md.
-    Raises FileExistsError, and changes nothing, when `folder` is a file or holds files that would be lost.
+    texts: further files by name, such as the card, README.md. program: that makes it.
+    Raises FileExistsError, and changes nothing, when `folder` is a file or holds what this program did not make.
     """
     type(model.config).register_for_auto_class()
     type(model).register_for_auto_class("AutoModelForSemanticSegmentation")
     type(processor).register_for_auto_class("AutoImageProcessor")
     # Saving adds the entries of the three registered classes.
     model.config.auto_map = {"AutoModel": "modeling_tqdm.TqdmModel"}
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file; choose a new folder")
-    with _quiet_transformers(), replace_folder(folder) as temporary:
+    with _quiet_transformers(), replace_folder(Path(folder), program) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
-        lost = sorted(set(os.listdir(folder)) - set(os.listdir(temporary))) if folder.exists() else []
-        if lost:
-            raise FileExistsError(f"{folder} also holds {', '.join(lost[:5])}; choose a new folder, or empty this one")
 
 
 def push_folder(folder: Path, repository: str) -> str:
@@ -175,7 +161,10 @@ def push_folder(folder: Path, repository: str) -> str:
     try:
         api.create_repo(repository, exist_ok=True)
         return str(
-            api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload of a trained model")
+            api.upload_folder(
+                folder_path=folder, repo_id=repository, commit_message="Upload of a trained model",
+                ignore_patterns=[MARK, *SYSTEM_FILES],
+            )  # fmt: skip
         )
     except Exception as error:  # of httpx, of huggingface_hub, of the token file
         raise OSError(

@@ -54,7 +54,7 @@ def write_checkpoint(
     Raises OSError when the disk is full; earlier checkpoints stay.
     """
     target = folder / f"step_{step:07d}"
-    with replace_folder(target) as temporary:
+    with replace_folder(target, "train") as temporary:
         save_file(_own_memory(state["weights"]), temporary / "weights.safetensors")
         save_file(_own_memory(state["moments"]), temporary / "optimizer.safetensors")
         if average is not None:

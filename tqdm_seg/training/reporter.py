@@ -59,7 +59,7 @@ class Reporter:
         if self.accelerator.is_main_process:
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
             self.write_model(out / "model", results)
-            with replace_folder(out / "overlays") as folder:
+            with replace_folder(out / "overlays", "train") as folder:
                 for name, drawing in self.drawings(results):
                     drawing.save(folder / f"{name}.png")
             frames = results["protocol"]["frames"]

@@ -1,0 +1,245 @@
+"""OUT is ours: what a program did not make it never removes, replaces or writes over; nothing is left half done."""
+
+import errno
+import json
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from tqdm_seg.data import files
+from tqdm_seg.data.files import (
+    MARK, check_out_file, check_out_folder, claim_folder, files_below, is_system_file, move_folder, parse_json,
+    plain_name, read_json, replace_file, replace_folder, write_file, write_mark,
+)  # fmt: skip
+
+
+def fill(folder: Path, **content: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in content.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def make(folder: Path, program: str = "export", **content: str) -> Path:
+    """A folder made by a program."""
+    with replace_folder(folder, program) as temporary:
+        fill(temporary, **content)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_folder_of_others_is_refused(tmp_path, whole):
+    theirs = fill(tmp_path / "theirs", thesis="years")
+    with pytest.raises(FileExistsError, match="thesis"):
+        check_out_folder(theirs, "export", whole=whole)
+    with pytest.raises(FileExistsError, match="thesis"), replace_folder(theirs, "export"):
+        raise AssertionError("the work began")
+    with pytest.raises(FileExistsError, match="thesis"):
+        claim_folder(theirs, "train")
+    assert snapshot(tmp_path) == {"theirs/thesis": b"years"}
+
+
+def test_a_file_as_folder_and_a_folder_as_file_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="file"):
+        check_out_folder(tmp_path / "file", "export")
+    with pytest.raises(NotADirectoryError, match="file"):
+        check_out_folder(tmp_path / "file" / "below" / "it", "export")
+    with pytest.raises(IsADirectoryError):
+        check_out_file(tmp_path, "{")
+
+
+def test_only_what_the_mark_names_is_replaced(tmp_path):
+    out = make(tmp_path / "out", a="1", b="2")
+    make(out, a="3")
+    assert files_below(out) == ["a"]
+    (out / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="notes"), replace_folder(out, "export"):
+        raise AssertionError("the work began")
+    assert (out / "notes").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="export"):
+        check_out_folder(out, "convert")
+    with pytest.raises(FileExistsError, match="notes"):
+        check_out_folder(out, "export", whole=True)
+    claim_folder(out, "export")  # files beside ours stay where a folder fills up step by step
+    assert (out / "notes").read_text() == "mine"
+
+
+def test_empty_folders_and_system_files_are_free(tmp_path):
+    out = tmp_path / "out"
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._photo.jpg"):
+        fill(out, **{name: "system"})
+    (out / ".ipynb_checkpoints").mkdir()
+    (out / ".ipynb_checkpoints" / "a.ipynb").write_text("system")
+    assert files_below(out) == []
+    make(out, a="1")
+    (out / ".DS_Store").write_text("again")
+    make(out, a="2")
+    assert (out / "a").read_text() == "2"
+
+
+@pytest.mark.parametrize("name", ["THUMBS.DB", ".ds_store", "._x.jpg", "a/.ipynb_checkpoints/b.png", "__MACOSX/a.png"])
+def test_system_files(name):
+    assert is_system_file(name)
+    assert not is_system_file("a/photo_._.jpg")
+
+
+@pytest.mark.parametrize("kind", [".tqdm-seg.old.", ".tqdm-seg.tmp."])
+def test_temporary_names_are_checked_for_the_mark(tmp_path, kind):
+    """`mkdir out.old; echo x > out.old/t`: neither such names nor our own temporary ones are taken unseen."""
+    for name in ("out.old", ".out.old", ".out.tmp", "out.partial"):
+        fill(tmp_path / name, t="x")
+    make(tmp_path / "out", a="1")
+    make(tmp_path / "out", a="2")
+    theirs = fill(tmp_path / f"{kind}out", t="x")
+    before = snapshot(tmp_path)
+    with pytest.raises(FileExistsError, match="move it away"), replace_folder(tmp_path / "out", "export"):
+        raise AssertionError("the work began")
+    assert snapshot(tmp_path) == before
+    write_mark(theirs, "export")  # what a kill leaves
+    make(tmp_path / "out", a="3")
+    assert not theirs.exists()
+    assert (tmp_path / "out" / "a").read_text() == "3"
+
+
+def test_a_kill_between_the_renames_loses_nothing(tmp_path):
+    out = make(tmp_path / "out", a="1")
+    out.rename(tmp_path / ".tqdm-seg.old.out")
+    with pytest.raises(ZeroDivisionError), replace_folder(out, "export"):
+        assert (out / "a").read_text() == "1"  # the earlier version is back
+        1 / 0  # noqa: B018
+    assert (out / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_move_folder_keeps_folders_of_others(tmp_path):
+    new, theirs = make(tmp_path / "new", a="1"), fill(tmp_path / "theirs", thesis="years")
+    with pytest.raises(FileExistsError):
+        move_folder(new, theirs)
+    assert snapshot(theirs) == {"thesis": b"years"}
+
+
+def test_ctrl_c_between_the_renames_loses_nothing(tmp_path, monkeypatch):
+    out, rename = make(tmp_path / "out", a="1"), Path.rename
+
+    def stop(path, target):
+        if path.name.startswith(".tqdm-seg.tmp."):
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, a="2")
+    assert (out / "a").read_text() == "1"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_claimed_folders_lose_leftovers(tmp_path):
+    claim_folder(tmp_path / "out", "predict")
+    fill(tmp_path / "out" / "ids", **{".tqdm-seg.tmp.a.png": "cut", "b.png": "whole"})
+    claim_folder(tmp_path / "out", "predict")
+    assert files_below(tmp_path / "out") == ["ids/b.png"]
+
+
+def test_outputs_that_are_inputs(tmp_path):
+    source = fill(tmp_path / "in", a="1") / "a"
+    os.link(source, tmp_path / "hard")
+    (tmp_path / "soft").symlink_to(source)
+    for out in (source, tmp_path / "hard", tmp_path / "soft", tmp_path / "in" / ".." / "in" / "a"):
+        with pytest.raises(FileExistsError, match="input"):
+            check_out_file(out, "1", [source])
+    for out in (tmp_path / "in", tmp_path):
+        with pytest.raises(FileExistsError, match="input"):
+            check_out_folder(out, "predict", [source])
+    assert source.read_text() == "1"
+
+
+def test_files_of_others_are_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    check_out_file(path, "class,first")
+    path.write_text("my,own,table\n")
+    with pytest.raises(FileExistsError, match="t.csv"):
+        check_out_file(path, "class,first")
+    path.write_text("class,first,second\n1,2\n")
+    check_out_file(path, "class,first")
+
+
+def test_unwritable_places(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match="permission"):
+        check_out_folder(tmp_path / "new", "predict")
+
+
+@pytest.mark.parametrize("name", ["../victim.txt", "/etc/passwd", "a/b", "a\\b", "C:x", "", ".", "..", None, 3, "a\0b"])
+def test_names_from_files_are_plain(name):
+    with pytest.raises(ValueError, match="manifest.json"):
+        plain_name(name, "manifest.json")
+    assert plain_name("train-00000.parquet", "manifest.json") == "train-00000.parquet"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [(b"", "empty"), (b" \n", "empty"), (b'{"a": 1', "damaged"), (b"[1]", "a list"), (b"null", "null"),
+     (b'{"b": 1}', "lacks a"), (b"\xff\xfe", "damaged"), (b"[" * 100_000, "damaged"), (b"3", "a number")],
+)  # fmt: skip
+def test_json_errors_name_the_file(tmp_path, content, expected):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=expected) as error:
+        read_json(path, ["a"], fix="save it again")
+    assert str(path) in str(error.value)
+    assert "save it again" in str(error.value)
+    with pytest.raises(FileNotFoundError, match="nosuch"):
+        read_json(tmp_path / "nosuch")
+    with pytest.raises(OSError, match=tmp_path.name):
+        read_json(tmp_path)
+    assert parse_json(b'{"a": 1}', "line 3") == {"a": 1}
+
+
+def test_files_are_readable_as_the_umask_says(tmp_path):
+    umask = os.umask(0o022)
+    try:
+        with replace_file(tmp_path / "file") as temporary:
+            temporary.touch(0o600)
+        with replace_folder(tmp_path / "folder", "export") as temporary:
+            (temporary / "weights").touch(0o600)
+    finally:
+        os.umask(umask)
+    for path in (tmp_path / "file", tmp_path / "folder" / "weights"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device")]
+)
+def test_a_full_disk_names_the_file(tmp_path, error):
+    write_file(tmp_path / "file", b"before")
+    make(tmp_path / "folder", a="before")
+    with pytest.raises(OSError, match="disk is full.*file"), replace_file(tmp_path / "file") as temporary:
+        temporary.write_bytes(b"cut")
+        raise error
+    with pytest.raises(OSError, match="disk is full.*folder"), replace_folder(tmp_path / "folder", "export"):
+        raise error
+    assert snapshot(tmp_path).keys() == {"file", "folder/a", f"folder/{MARK}"}
+    assert (tmp_path / "file").read_bytes() == b"before"
+
+
+def test_folders_that_cannot_be_opened(tmp_path, monkeypatch):
+    """Windows opens no folders."""
+    opened = os.open
+
+    def refuse_folders(path, *arguments, **names):
+        if Path(path).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *arguments, **names)
+
+    monkeypatch.setattr(files.os, "open", refuse_folders)
+    make(tmp_path / "out", a="1")
+    make(tmp_path / "out", a="2")
+    assert json.loads((tmp_path / "out" / MARK).read_text())["files"] == ["a"]
