@@ -10,8 +10,20 @@ import pytest
 
 from tqdm_seg.data import files
 from tqdm_seg.data.files import (
-    MARK, check_out_file, check_out_folder, claim_folder, files_below, is_system_file, move_folder, parse_json,
-    plain_name, read_json, replace_file, replace_folder, write_file, write_mark,
+    MARK,
+    check_out_file,
+    check_out_folder,
+    claim_folder,
+    files_below,
+    is_system_file,
+    move_folder,
+    parse_json,
+    plain_name,
+    read_json,
+    replace_file,
+    replace_folder,
+    write_file,
+    write_mark,
 )  # fmt: skip
 
 

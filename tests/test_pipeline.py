@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
-from tqdm_seg.data.files import replace_folder
+from tqdm_seg.data.files import MARK, replace_folder
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -27,7 +27,7 @@ MODEL_CODE = {
     "modeling_tqdm.py", "text_tqdm.py", "windows_tqdm.py",
 }  # fmt: skip
 SHIPPED = MODEL_CODE | {"image_processing_tqdm.py"}
-WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors"}
+WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors", MARK}
 # This project's other requirements, and itself.
 HIDDEN = [
     "tqdm_seg", "open_clip", "timm", "datasets", "evaluate", "accelerate", "av", "torchao", "onnx", "onnxruntime",

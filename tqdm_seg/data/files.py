@@ -139,7 +139,7 @@ def check_out_folder(folder: Path, program: str, inputs: Iterable[str | Path] = 
         raise FileExistsError(f"{folder} was made by tqdm-seg {mark['program']}, not {program}; choose another folder")
     if mark is not None and whole and (others := sorted(set(found) - set(mark.get("files", ())))):
         raise FileExistsError(
-            f"{folder} also holds {_some(others)}, not made by tqdm-seg {program}; move that away, or choose a new folder"
+            f"{folder} also holds {_some(others)}, not made by tqdm-seg {program}; move that away or choose a new one"
         )
 
 

@@ -162,7 +162,9 @@ def push_folder(folder: Path, repository: str) -> str:
         api.create_repo(repository, exist_ok=True)
         return str(
             api.upload_folder(
-                folder_path=folder, repo_id=repository, commit_message="Upload of a trained model",
+                folder_path=folder,
+                repo_id=repository,
+                commit_message="Upload of a trained model",
                 ignore_patterns=[MARK, *SYSTEM_FILES],
             )  # fmt: skip
         )
