@@ -14,6 +14,7 @@ import pytest
 import tqdm_seg
 from tqdm_seg import program
 from tqdm_seg.commands import COMMANDS, named
+from tqdm_seg.env import code_commit
 from tqdm_seg.program import did_you_mean, explain, option, parse, run, takes
 
 CPU_SECONDS = 0.5  # of one start, its interpreter included
@@ -105,6 +106,12 @@ def test_every_command_is_a_function_with_the_fields_of_its_options(name):
     assert options.__doc__ and function.__doc__
     if name != "env":
         assert getattr(tqdm_seg, name) is function
+
+
+def test_the_commit_is_that_of_this_checkout():
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    head = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    assert (code_commit() or "").removesuffix(" with changes") == head  # both empty outside of a checkout
 
 
 # -- options --------------------------------------------------------------------------------------------

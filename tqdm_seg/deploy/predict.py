@@ -202,10 +202,10 @@ def predict_image(predictor: Predictor, path: Path, out: Path, name: str) -> dic
     image = read_image(path)
     ids = predictor(image)
     seen = {index: name for index, name in predictor.classes.items() if (ids == index).any()}
-    pictures = {f"overlays/{name}.png": predictor.draw(image, ids, seen), f"ids/{name}.png": Image.fromarray(ids)}
-    for target, picture in pictures.items():
+    files = {f"overlays/{name}.png": predictor.draw(image, ids, seen), f"ids/{name}.png": Image.fromarray(ids)}
+    for target, written in files.items():
         with replace_file(out / target) as temporary:
-            picture.save(temporary, "png")
+            written.save(temporary, "png")
     return {"width": image.width, "height": image.height, "areas": predictor.areas(ids)}
 
 
