@@ -9,6 +9,8 @@ images into a box first, with `do_resize=True` and these sizes (which enlarge sm
 Letters: B batch, K classes, H W image.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -26,6 +29,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
+
+from .images_tqdm import as_rgb
 
 
 class TqdmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -64,12 +69,14 @@ class TqdmImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         """`pixel_values`, and `labels` if there are segmentation maps: lists, or one tensor each with `return_tensors`.
 
-        images: one or several PIL images, uint8 arrays or tensors -> `pixel_values` (3, H, W) float32 each.
+        images: one or several of the kinds that `as_rgb` takes -> `pixel_values` (3, H, W) float32 each. With
+            do_rescale=False also arrays or tensors of fractions 0 ... 1. do_convert_rgb=False hands pixels on
+            unconverted and unchecked, as in other image processors.
         segmentation_maps: one map of class ids per image, as large as the image: a PIL image of mode "P" (the palette
             indices count, not the colours), "L" or "I", or an integer array or tensor (H, W) -> `labels` (H, W) int64
             each, resized with the image (nearest neighbour).
-        Raises ValueError for maps of another size than their image or without class ids, and for images of different
-        sizes with `return_tensors`.
+        Raises ValueError for images that `as_rgb` refuses, for maps of another size than their image or without class
+        ids, and for images of different sizes with `return_tensors`; FileNotFoundError for a path without a file.
         """
         return super().preprocess(images, segmentation_maps, **kwargs)
 
@@ -152,6 +159,35 @@ class TqdmImageProcessor(TorchvisionBackend):
             )
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _prepare_image_like_inputs(
+        self,
+        images: ImageInput,
+        do_convert_rgb: bool,
+        do_rescale: bool,
+        do_normalize: bool,
+        input_data_format: str | ChannelDimension | None = None,
+        device: torch.device | str | None = None,
+        **kwargs,
+    ) -> list[Tensor]:
+        """Images (3, H, W) by `as_rgb`."""
+        if not do_convert_rgb:
+            options = {"input_data_format": input_data_format, "device": device}
+            return super()._prepare_image_like_inputs(images, do_convert_rgb=False, **options)
+        images = _image_list(images)
+        if not images:
+            raise ValueError("images is empty; pass at least one image")
+        first = None if input_data_format is None else ChannelDimension(input_data_format) is ChannelDimension.FIRST
+        prepared = []
+        for index, image in enumerate(images):
+            pixels = image
+            if not _is_rgb_tensor(image, first):  # else it stays on its device
+                pixels = torch.from_numpy(as_rgb(image, f"image {index}", first, not do_rescale)).permute(2, 0, 1)
+            if do_normalize and not do_rescale and not pixels.is_floating_point():
+                raise ValueError(f"image {index} holds bytes, which have to be rescaled; leave out do_rescale=False")
+            place = image.device if device is None and isinstance(image, Tensor) else device
+            prepared.append(pixels.contiguous().to(place))
+        return prepared
+
     def _preprocess(
         self,
         images: list[Tensor],
@@ -191,6 +227,19 @@ class TqdmImageProcessor(TorchvisionBackend):
                 label = self.resize(label[None], size, InterpolationMode.NEAREST_EXACT)[0]
             labels.append(label)
         return labels
+
+
+def _image_list(images: ImageInput) -> list:
+    """Single images of one, of nested lists, and of batches (B, ...) of rank 4."""
+    if isinstance(images, (list, tuple)):
+        return [image for part in images for image in _image_list(part)]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _is_rgb_tensor(image: Any, channels_first: bool | None) -> bool:
+    """Whether `as_rgb` takes the image for a uint8 tensor (3, H, W)."""
+    rgb = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
+    return rgb and channels_first is not False and bool(image.numel())
 
 
 def fitted_size(height: int, width: int, shortest_edge: int, longest_edge: int) -> tuple[int, int]:

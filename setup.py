@@ -101,6 +101,7 @@ setup(
             *VIDEO,
             "cityscapesScripts>=2.2",
             "pyright>=1.1.400",
+            "hypothesis>=6.100",
             "pytest>=8",
             "ruff>=0.12",
             "setuptools>=77",

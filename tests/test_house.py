@@ -87,7 +87,7 @@ def test_no_modules_import_each_other_in_a_circle():
 @pytest.mark.parametrize("module", SHIPS)
 def test_shipped_modules_load_with_few_libraries(module):
     """At the top of a module; what single methods import is theirs."""
-    libraries = IMAGE_LIBRARIES if module == "image_processing_tqdm" else HUB_LIBRARIES
+    libraries = IMAGE_LIBRARIES if module in ("image_processing_tqdm", "images_tqdm") else HUB_LIBRARIES
     for node in ast.parse(source(module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
             names = {alias.name.split(".")[0] for alias in node.names}

@@ -180,13 +180,13 @@ def test_unreadable_images_are_named_and_the_others_done(folder, photo, capsys):
     inside = photo.parent
     (inside / "cut.png").write_bytes(photo.read_bytes()[:2000])
     (inside / "text.jpg").write_text("no image")
-    Image.fromarray(np.full((40, 40), 40000, np.uint16)).save(inside / "deep.png")
+    Image.fromarray(np.full((40, 40), 0.5, np.float32)).save(inside / "deep.tif")
     Image.new("RGB", (5, 7)).save(inside / "small.png")
-    status, out = run(folder, photo, inside / "cut.png", inside / "text.jpg", inside / "deep.png", inside / "small.png")
+    status, out = run(folder, photo, inside / "cut.png", inside / "text.jpg", inside / "deep.tif", inside / "small.png")
     assert status == 1
     printed = capsys.readouterr().err
     assert "4 of 5 inputs failed" in printed
-    for name in ("cut.png", "text.jpg", "deep.png", "small.png"):
+    for name in ("cut.png", "text.jpg", "deep.tif", "small.png"):
         assert str(inside / name) in printed
     report = json.loads((out / "areas.json").read_text())
     assert list(report["results"]) == ["photo"] and len(report["failed"]) == 4

@@ -22,12 +22,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..program import takes
 from .files import write_file
-from .images import apply_orientation
+from .images import apply_orientation, orientation
 from .options import AuditOptions
 from .scenes import frame_stamp, minutes_apart, recording_time, scene_identity
 from .shards import read_frame, read_index
@@ -422,7 +422,7 @@ def image_hash(content: bytes) -> np.ndarray | None:
         image.draft("L", (4 * GRID, 4 * GRID))
         # HAMMING: of Pillow's filters the one under which an image's hash changes least with its size.
         small = image.convert("L").resize((GRID, GRID), Image.Resampling.HAMMING)
-        grey = apply_orientation(np.asarray(small), image.getexif().get(ExifTags.Base.Orientation)).astype(np.float64)
+        grey = apply_orientation(np.asarray(small), orientation(image)).astype(np.float64)
     if grey.std() < FLAT:
         return None
     frequencies = (_COSINES @ grey @ _COSINES.T).ravel()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from .images import decode_rgb, decode_rgb_safely, decode_unchanged
+from .images import decode_rgb, decode_unchanged, read_rgb
 from .label_maps import IGNORE_INDEX, LabelMap
 from .shards import check_shards_exist, read_frame, read_index
 
@@ -59,10 +59,8 @@ class FrameDataset(Dataset):
 
     def _read(self, row: int) -> Frame:
         image, label = read_frame(self.index, row)
-        pixels, labels = decode_rgb(image), decode_unchanged(label)
-        if pixels is None or pixels.shape[:2] != labels.shape:  # a kind of file that only Pillow reads, or turns
-            pixels = decode_rgb_safely(image)
-        return Frame(self.keys[row], self.scenes[row], pixels, labels)
+        pixels = decode_rgb(image, f"image {self.keys[row]} of {self.folder}")
+        return Frame(self.keys[row], self.scenes[row], pixels, decode_unchanged(label))
 
 
 def frame_loader(
@@ -145,12 +143,11 @@ class PlainRows:
         """The decoded frame; its key is the row's "key", else the file name, else its number."""
         image, label = (_file_bytes(row[column]) for column in (self.image, self.label))
         key = str(row.get("key") or row[self.image].get("path") or number)
-        what = "image"
+        pixels = read_rgb(image, f"image of {key} in {self.source}")
         try:
-            pixels, what = decode_rgb_safely(image), "label"
             labels = self._ids.labels(label)
         except ValueError as error:
-            raise ValueError(f"{what} of {key} in {self.source} {error}") from error
+            raise ValueError(f"label of {key} in {self.source} {error}") from error
         if pixels.shape[:2] != labels.shape:
             raise ValueError(
                 f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its image "

@@ -1,53 +1,51 @@
-"""Image files to pixels. OpenCV is imported only where it decodes."""
+"""Image files to pixels: `read_rgb` for any, `decode_rgb` for those of known checksums, faster and with equal pixels.
+
+What each kind of image becomes is stated in `images_tqdm.as_rgb`. OpenCV is imported only where it decodes.
+"""
 
 from io import BytesIO
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 
-# Orientations under which the image is shown with its sides exchanged.
-_SIDEWAYS = (5, 6, 7, 8)
+from tqdm_seg.images_tqdm import apply_orientation, decode_image, orientation
+from tqdm_seg.images_tqdm import as_rgb as read_rgb
 
+__all__ = [
+    "apply_orientation", "decode_image", "decode_rgb", "decode_unchanged", "orientation", "read_rgb", "shown_size",
+]  # fmt: skip
 
-def decode_image(data: bytes) -> Image.Image:
-    """The loaded image; ValueError, to be read after the file's name, when it is broken or cut short."""
-    try:
-        with Image.open(BytesIO(data)) as file:
-            file.verify()  # checksums of PNG chunks, which decoding alone does not look at
-        with Image.open(BytesIO(data)) as file:
-            file.load()
-    except Exception as error:  # of broken files Pillow raises almost anything: SyntaxError, struct.error, TypeError
-        raise ValueError(f"cannot be decoded ({error}); copy or unpack it again") from error
-    return file
+_PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"
+# Of PNGs with these words Pillow and OpenCV may differ: orientations by EXIF or XMP, animations.
+_DIFFER = (b"eXIf", b"exif", b"adobe.xmp", b"acTL")
 
 
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) of the image after its EXIF orientation, as `datasets.Image` decodes it."""
-    if image.format == "TIFF":
-        image.load()  # Pillow turns TIFFs itself, and only then
-    width, height = image.size
-    sideways = image.getexif().get(ExifTags.Base.Orientation) in _SIDEWAYS
-    return (height, width) if sideways else (width, height)
-
-
-def apply_orientation(pixels: np.ndarray, orientation: int | None) -> np.ndarray:
-    """pixels (H, W) or (H, W, 3) uint8 turned by an EXIF orientation, 1 ... 8; None and other numbers: unchanged."""
-    if orientation not in range(2, 9):
-        return pixels
-    # Without the file's other EXIF tags: turning writes them again, which fails for some that cameras write.
-    image = Image.fromarray(pixels)
-    image.getexif()[ExifTags.Base.Orientation] = orientation
-    return np.asarray(ImageOps.exif_transpose(image))
-
-
-def decode_rgb(content: bytes) -> np.ndarray | None:
-    """(H, W, 3) uint8 of an image file, turned by EXIF, by OpenCV as in the published code; None if it cannot.
+def decode_rgb(content: bytes, name: str = "image") -> np.ndarray:
+    """`read_rgb` of a file's bytes, by OpenCV where it decodes to the same pixels: upright PNG, grey and RGB JPEG.
 
     For bytes with a known checksum: of a file that is cut short OpenCV may return a part without an error.
     """
     import cv2
 
-    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if _opencv_agrees(content):
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        if pixels is not None:
+            return pixels
+    return read_rgb(content, name)
+
+
+def _opencv_agrees(content: bytes) -> bool:
+    """Whether OpenCV decodes the file as Pillow does; looks at its header only."""
+    if content.startswith(_PNG):
+        return not any(word in content for word in _DIFFER)
+    if not content.startswith(_JPEG):
+        return False
+    try:
+        with Image.open(BytesIO(content)) as image:
+            return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB") and orientation(image) == 1
+    except Exception:  # broken: `read_rgb` says how
+        return False
 
 
 def decode_unchanged(content: bytes) -> np.ndarray | None:
@@ -57,7 +55,9 @@ def decode_unchanged(content: bytes) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-def decode_rgb_safely(content: bytes) -> np.ndarray:
-    """(H, W, 3) uint8 of an unchecked image file, turned by EXIF; ValueError when it is broken."""
-    image = decode_image(content)
-    return apply_orientation(np.asarray(image.convert("RGB")), image.getexif().get(ExifTags.Base.Orientation))
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of the image after its EXIF orientation, as `datasets.Image` decodes it."""
+    if image.format == "TIFF":
+        image.load()  # Pillow turns TIFFs itself, and only then
+    width, height = image.size
+    return (height, width) if orientation(image) >= 5 else (width, height)

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from .files import check_out_folder, files_below, move_folder, write_file, write_mark
-from .images import apply_orientation, decode_image, shown_size
+from .images import apply_orientation, decode_image, orientation, read_rgb
 from .label_maps import IGNORE_INDEX, LabelMap
 from .options import PrepareOptions
 from .shards import (
@@ -114,11 +114,12 @@ def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions
     and turned as well. Raises ValueError naming the file.
     """
     data, image = _read(pair.image, "image", lambda content: (content, decode_image(content)))
+    pixels = read_rgb(image, f"image {pair.image}")
     labels = _read(pair.label, "label", label_map.labels)
-    width, height = shown_size(image)
+    height, width = pixels.shape[:2]
     unturned = labels.shape != (height, width) and labels.shape[::-1] == image.size
     if unturned:
-        labels = apply_orientation(labels, image.getexif().get(ExifTags.Base.Orientation))
+        labels = apply_orientation(labels, orientation(image))
     if labels.shape != (height, width):
         raise ValueError(
             f"label {pair.label} is {labels.shape[1]}x{labels.shape[0]}, its image {pair.image} {width}x{height} "
@@ -128,7 +129,7 @@ def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions
     if options.link:
         data, path = None, str(pair.image.resolve())
     elif options.jpeg is not None and image.format not in ("JPEG", "MPO"):
-        data, path = _encode_jpeg(image, options.jpeg), f"{pair.image.stem}.jpg"
+        data, path = _encode_jpeg(pixels, options.jpeg), f"{pair.image.stem}.jpg"
     png = BytesIO()
     Image.fromarray(labels).save(png, "PNG", compress_level=1)  # level 6 takes several times as long for little
     counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[: len(label_map.classes)]
@@ -144,9 +145,8 @@ def _read(path: Path, what: str, decode: Callable[[bytes], Any]) -> Any:
         raise ValueError(f"{what} {path} {error}") from error
 
 
-def _encode_jpeg(image: Image.Image, quality: int) -> bytes:
+def _encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
     content = BytesIO()
-    pixels = apply_orientation(np.asarray(image.convert("RGB")), image.getexif().get(ExifTags.Base.Orientation))
     Image.fromarray(pixels).save(content, "JPEG", quality=quality)
     return content.getvalue()
 

@@ -26,6 +26,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter
 
 from ..data.files import check_out_folder, example, replace_folder, write_json
+from ..data.images import read_rgb
 from ..program import takes
 from .folder import load_model, model_folder
 from .options import ExportOptions
@@ -101,9 +102,9 @@ def export_torch(window: WindowModel, example: Tensor, path: Path) -> None:
 def check_inputs(processor: TqdmImageProcessor, size: tuple[int, int], patch: int, path: Path) -> dict[str, Tensor]:
     """Inputs for the checks, by name: (1, 3, h, w) and (3, 3, h, w) of `size`, the last of another size.
 
-    path: an image. Raises OSError naming it when it cannot be read.
+    path: an image. Raises OSError or ValueError naming it when it cannot be read.
     """
-    image = Image.open(path).convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+    image = Image.fromarray(read_rgb(path)).resize(size[::-1], Image.Resampling.BILINEAR)
     real = processor(images=image, do_resize=False, return_tensors="pt")["pixel_values"]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 3, *size, generator=generator)

@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.files import replace_file, write_file
+from ..data.images import read_rgb
 from ..data.palette import legend, tint
 from ..program import takes
 from .export import OnnxSegmenter
@@ -169,17 +170,6 @@ class Predictor:
         }
 
 
-def read_image(path: Path) -> Image.Image:
-    """The RGB image, upright by its EXIF orientation; raises ValueError naming the file."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError(f"{path} has more than 8 bits per channel (mode {image.mode}); convert it to 8 bits")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow calls some broken PNGs SyntaxError
-        raise ValueError(f"cannot read {path}: {error}") from error
-
-
 def read_video(path: Path) -> Iterator[tuple[Image.Image, "av.VideoFrame", Fraction | None]]:
     """Every frame: upright RGB image, decoded frame, and frames per second; raises ValueError naming the file."""
     import av
@@ -199,7 +189,7 @@ def read_video(path: Path) -> Iterator[tuple[Image.Image, "av.VideoFrame", Fract
 
 def predict_image(predictor: Predictor, path: Path, out: Path, name: str) -> dict[str, object]:
     """Writes overlay and ids; returns the image's entry in areas.json."""
-    image = read_image(path)
+    image = Image.fromarray(read_rgb(path))
     ids = predictor(image)
     seen = {index: name for index, name in predictor.classes.items() if (ids == index).any()}
     files = {f"overlays/{name}.png": predictor.draw(image, ids, seen), f"ids/{name}.png": Image.fromarray(ids)}

@@ -1,0 +1,1 @@
+from images_tqdm import *
