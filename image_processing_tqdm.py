@@ -9,8 +9,6 @@ images into a box first, with `do_resize=True` and these sizes (which enlarge sm
 Letters: B batch, K classes, H W image.
 """
 
-from typing import Any
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -236,7 +234,7 @@ def _image_list(images: ImageInput) -> list:
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _is_rgb_tensor(image: Any, channels_first: bool | None) -> bool:
+def _is_rgb_tensor(image: ImageInput, channels_first: bool | None) -> bool:
     """Whether `as_rgb` takes the image for a uint8 tensor (3, H, W)."""
     rgb = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim == 3 and len(image) == 3
     return rgb and channels_first is not False and bool(image.numel())
