@@ -33,7 +33,7 @@ for name in gta5 cityscapes bdd100k mapillary; do
 done
 
 # Start model: OpenAI's CLIP, downloaded. (OpenAI's own file: ViT-B-16.pt, without --from.)
-unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 "$START" \
+unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 --out "$START" \
     --init clip_vit_b16 --from transformers --seed 2023
 
 # Training.

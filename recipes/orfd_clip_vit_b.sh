@@ -29,7 +29,7 @@ START=${START:-models/clip_vit_b16} RUN=${RUN:-runs/orfd_clip_vit_b}
 unless "$DATA/orfd/manifest.json" tqdm-seg prepare orfd "$RAW/orfd" --out "$DATA/orfd"
 
 # Start model: OpenAI's CLIP, downloaded. (OpenAI's own file: ViT-B-16.pt, without --from.)
-unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 "$START" \
+unless "$START" tqdm-seg convert openai/clip-vit-base-patch16 --out "$START" \
     --init clip_vit_b16 --from transformers --seed 2023
 
 # Training. The two classes are those of the data; best/ is chosen by ORFD's validation part.

@@ -34,7 +34,7 @@ for name in synthia cityscapes bdd100k mapillary; do
 done
 
 # Start model: EVA02-CLIP of open_clip, downloaded.
-unless "$START" tqdm-seg convert EVA02-L-14-336:merged2b_s6b_b61k "$START" \
+unless "$START" tqdm-seg convert EVA02-L-14-336:merged2b_s6b_b61k --out "$START" \
     --init eva02_clip_l14 --from open_clip --seed 2023
 
 # Training.

@@ -21,8 +21,8 @@ CPU_SECONDS = 0.5  # of one start, its interpreter included
 # Files that do not exist, for every program that reads some.
 WRONG_PATHS = {
     "predict": "nosuch photo.png --out out",
-    "convert": "nosuch.pth OUT",
-    "export": "./nosuch out",
+    "convert": "nosuch.pth --out out",
+    "export": "./nosuch --out out",
     "evaluate": "./nosuch --data orfd=nosuch --out out",
     "compare": "nosuch nosuch2",
     "report": "nosuch",

@@ -604,7 +604,7 @@ def test_the_options_know_every_preset():
 def test_options_of_one_purpose_are_refused_with_the_other():
     for options in (["--from", "open_clip"], ["--activation", "gelu"], ["--init", "tiny", "--preset", "tiny"]):
         with pytest.raises(SystemExit, match="2"):
-            start("convert", ["source.pth", "OUT", *options])
+            start("convert", ["source.pth", "--out", "OUT", *options])
 
 
 def test_patterns_do_not_overlap():

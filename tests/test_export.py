@@ -116,7 +116,7 @@ def test_predict_makes_the_same_maps_with_either_backend(made, photo, tmp_path, 
         (2, ["--backend", "onnxruntime", "--compile"], "--compile"),
         (2, ["--backend", "onnxruntime", "--device", "mps"], "cpu or cuda"),
         (2, [], "add --backend onnxruntime"),
-        (1, ["--backend", "onnxruntime"], "window.onnx.*tqdm-seg export MODEL OUT"),
+        (1, ["--backend", "onnxruntime"], "window.onnx.*tqdm-seg export"),
     ],
 )
 def test_what_does_not_go_together_is_named_with_the_fix(made, photo, tmp_path, capsys, folder, options, message):

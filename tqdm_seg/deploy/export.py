@@ -129,7 +129,7 @@ def compare_scores(
 
 @takes(ExportOptions)
 def export(options: ExportOptions) -> dict[str, Any]:
-    """Writes OUT, whole or not at all; returns what export.json holds."""
+    """Writes --out, whole or not at all; returns what export.json holds."""
     folder, out, formats = model_folder(options.model), options.out, options.format
     check_out_folder(out, "export", [folder], whole=True)
     packages = [] if "onnx" not in formats else ["onnx", "onnxscript", *(["onnxruntime"] if options.check else [])]
@@ -186,7 +186,7 @@ class OnnxSegmenter(Segmenter):
         if missing:
             raise FileNotFoundError(
                 f"file not found: {folder / missing[0]}, so {folder} is no ONNX export; make one: "
-                "tqdm-seg export MODEL OUT"
+                "tqdm-seg export MODEL --out DIR"
             )
         # TF32, which rounds the factors of products to 10 bits, is off.
         providers = {"cpu": ("CPUExecutionProvider", {}), "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"})}

@@ -71,21 +71,23 @@ class PredictOptions:
 class ConvertOptions:
     """Makes a model folder of other programs' weights.
 
-        tqdm-seg convert tqdm.pth OUT                               # published checkpoint -> model
-        tqdm-seg convert ViT-B-16.pt OUT --init clip_vit_b16        # pre-trained CLIP -> start of a training
-        tqdm-seg convert EVA02-L-14-336:merged2b_s6b_b61k OUT --init eva02_clip_l14 --from open_clip
-        tqdm-seg convert openai/clip-vit-base-patch16 OUT --init clip_vit_b16 --from transformers
+        tqdm-seg convert tqdm.pth --out DIR                              # published checkpoint -> model
+        tqdm-seg convert ViT-B-16.pt --out DIR --init clip_vit_b16       # pre-trained CLIP -> start of a training
+        tqdm-seg convert EVA02-L-14-336:merged2b_s6b_b61k --out DIR --init eva02_clip_l14 --from open_clip
+        tqdm-seg convert openai/clip-vit-base-patch16 --out DIR --init clip_vit_b16 --from transformers
 
     Every key of the input is renamed, or dropped for a reason, and counted; any other key is an error.
     """
 
     source: str = option(help=".pth, .pt or .safetensors file, or what --from says")
-    out: Path = option(help="model folder to write, for `tqdm-seg predict` and `tqdm-seg train --model`")
+    out: Path = option(
+        flag=True, metavar="DIR", help="model folder to write, for `tqdm-seg predict` and `tqdm-seg train --model`"
+    )
     preset: Literal["auto", Preset] = option(
         "auto",
         help="SOURCE is a published tqdm checkpoint of this preset; auto: found by its shapes",
     )  # fmt: skip
-    init: Preset | None = option(None, help="SOURCE is a pre-trained CLIP or EVA02-CLIP, OUT the start of a training")
+    init: Preset | None = option(None, help="SOURCE is a pre-trained CLIP or EVA02-CLIP, DIR the start of a training")
     class_names: tuple[str, ...] | None = option(
         None, type=names, metavar="A,B,...", help="what the class ids mean, in their order (default: Cityscapes' 19)"
     )
@@ -113,13 +115,13 @@ class ConvertOptions:
 class ExportOptions:
     """Writes a model for other runtimes.
 
-        tqdm-seg export MODEL OUT
-        tqdm-seg predict OUT photos/ --out results --backend onnxruntime
+        tqdm-seg export MODEL --out DIR
+        tqdm-seg predict DIR photos/ --out results --backend onnxruntime
 
-        OUT/window.onnx    pixel_values (B, 3, h, w) float32, normalised -> scores (B, K, h, w) float32, of any size
+        DIR/window.onnx    pixel_values (B, 3, h, w) float32, normalised -> scores (B, K, h, w) float32, of any size
                            that is a multiple of "multiple_of" in export.json
-        OUT/window.pt2     the same for torch.export.load, on CPUs and for windows of one size
-        OUT/export.json    names, sizes, operator set, versions, and the results of the checks
+        DIR/window.pt2     the same for torch.export.load, on CPUs and for windows of one size
+        DIR/export.json    names, sizes, operator set, versions, and the results of the checks
 
     The class texts are stored and the layers folded: running the files needs neither a text tower nor this repository.
     Every file is reloaded and checked against the model first: on random numbers and on an image, one and three at a
@@ -128,7 +130,7 @@ class ExportOptions:
     """
 
     model: str = option(help=MODEL)
-    out: Path = option(help="folder to write; an earlier export is replaced")
+    out: Path = option(flag=True, metavar="DIR", help="folder to write; an earlier export is replaced")
     format: tuple[Literal["onnx", "torch"], ...] = option(("onnx", "torch"), help="files to write")
     size: tuple[int, int] | None = option(
         None, type=size, metavar="HxW",
