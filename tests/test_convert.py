@@ -10,7 +10,6 @@ from json import dumps
 from pathlib import Path
 from typing import get_args
 
-import numpy as np
 import open_clip
 import pytest
 import timm
@@ -27,6 +26,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from tqdm_seg.commands import start
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
+from tqdm_seg.deploy.checkpoints import read_checkpoint
 from tqdm_seg.deploy.convert import (
     check_rotary,
     convert,
@@ -35,7 +35,6 @@ from tqdm_seg.deploy.convert import (
     initial_weights,
     load_initial_weights,
     load_published,
-    read_checkpoint,
     read_open_clip,
 )
 from tqdm_seg.deploy.key_rules import INITIAL_RULES, PUBLISHED_RULES, dropped_keys
@@ -432,28 +431,6 @@ def test_published_and_pretrained_files_are_not_taken_for_each_other(pack):
 
 
 # Files --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("new_format", [True, False], ids=["zip", "legacy"])
-def test_a_file_with_pickled_objects_explains_itself_and_its_fix_works(tmp_path, new_format):
-    path = tmp_path / "tqdm.pth"
-    saved = {"meta": {"best_score": np.float64(0.57)}, "state_dict": {"gamma": torch.ones(3)}}
-    torch.save(saved, path, _use_new_zipfile_serialization=new_format)
-    with pytest.raises(ValueError, match=r"numpy\S*multiarray.scalar was refused.*strip it to its weights") as caught:
-        read_checkpoint(path)
-    exec("\n".join(line.strip() for line in str(caught.value).splitlines() if line.startswith("    ")))
-    assert torch.equal(read_checkpoint(tmp_path / "tqdm.stripped.pth")["gamma"], torch.ones(3))
-
-
-def test_code_in_a_checkpoint_is_not_run(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
-
-    torch.save({"meta": Payload(), "state_dict": {"gamma": torch.ones(3)}}, tmp_path / "tqdm.pth")
-    with pytest.raises(ValueError, match="mkdir was refused"):
-        read_checkpoint(tmp_path / "tqdm.pth")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_wrapped_plain_and_safetensors_files_hold_the_same(tmp_path):

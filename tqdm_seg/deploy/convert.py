@@ -12,10 +12,7 @@ if __name__ == "__main__":
 
 
 import math
-import pickle
 import re
-import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +20,6 @@ from operator import attrgetter
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tqdm_seg.backbone_tqdm import TqdmVisionModel, resize_positions
@@ -33,6 +28,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..program import takes
+from .checkpoints import read_checkpoint
 from .folder import save_model_folder
 from .key_rules import INITIAL_RULES, PUBLISHED_RULES, TEXT, VISION, apply_rules, dropped_keys
 from .options import ConvertOptions
@@ -89,60 +85,6 @@ class Conversion:
             ", ".join(f"{name} ({count})" for name, count in counts.items()) or "nothing" for counts in (dropped, fresh)
         )
         return f"{self.kind}: {self.used} tensors used; dropped on purpose: {dropped}; left at random start: {fresh}"
-
-
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """State dict of a .safetensors file, a file of torch.save (mmcv's too) or a TorchScript archive, on the CPU.
-
-    Raises ValueError for a file that holds other objects than tensors, numbers and texts: no code of it is unpickled.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"file not found: {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or no safetensors file ({error}); copy or download it again"
-            ) from error
-    if _is_torchscript(path):  # OpenAI's files; such an archive is a program, of which only the tensors are taken
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=r"`torch\.jit\.load` is deprecated")
-            return torch.jit.load(path, map_location="cpu").state_dict()
-    state = _load_saved(path)
-    if isinstance(state, dict):  # mmcv and open_clip wrap it, and BAAI's training under two other names
-        wrapped = (state.get(key) for key in ("state_dict", "model", "module"))
-        state = next((inner for inner in wrapped if isinstance(inner, dict)), state)
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        held = list(state)[:8] if isinstance(state, dict) else type(state).__name__
-        raise ValueError(
-            f'{path} holds no state dict but {held}; expected tensors by name, alone or under the key "state_dict"'
-        )
-    return {key.removeprefix("module."): tensor for key, tensor in state.items()}
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _load_saved(path: Path) -> object:
-    """What torch.save wrote; raises ValueError, with a way out, for anything that only unpickling could restore."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, KeyError) as error:  # RuntimeError: a damaged archive
-        refused = ", ".join(sorted(set(re.findall(r"GLOBAL (\S+)", str(error)))))
-        if not refused:
-            raise ValueError(f"{path} is damaged or no checkpoint of torch; copy or download it again") from error
-        raise ValueError(
-            f"{path} holds more than tensors, numbers and texts: {refused} was refused. Restoring such an object means "
-            "running code that the file names, so this program does not. If you trust the file, strip it to its "
-            "weights yourself, best where there is nothing to lose (a container without network), and convert those:\n"
-            f"    import torch; file = torch.load({str(path)!r}, map_location='cpu', weights_only=False)\n"
-            f"    torch.save(dict(file.get('state_dict', file)), {str(path.with_suffix('.stripped.pth'))!r})"
-        ) from error
 
 
 def _tensor(weights: dict[str, Tensor], name: str) -> Tensor:
