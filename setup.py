@@ -12,7 +12,6 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "tqdm_seg" / "__init__.py").read_text(encoding="utf-8"), re.M)[1]
-REPOSITORY = "https://github.com/tqdm-segmentation/tqdm-segmentation"
 EXPORT = ["onnx>=1.18", "onnxruntime>=1.22", "onnxscript>=0.5"]
 INT8 = ["torchao>=0.14"]
 VIDEO = ["av>=15"]
@@ -38,9 +37,9 @@ class BuildPackage(build_py):
 
 
 def description() -> str:
-    """The README without the Hub's header; links to files of the repository become URLs."""
+    """The README without the Hub's header, and without images of and links to files of the repository."""
     text = (ROOT / "README.md").read_text(encoding="utf-8").split("---\n", 2)[-1]
-    return re.sub(r"\]\((?!https?:|#|mailto:)", f"]({REPOSITORY}/raw/main/", text)
+    return re.sub(r"(!?)\[([^]]*)\]\((?!https?:|#)[^)]*\)", lambda link: "" if link[1] else link[2], text)
 
 
 setup(
@@ -49,7 +48,6 @@ setup(
     description="tqdm: textual queries segment scenes never seen in training (Hugging Face Transformers)",
     long_description=description(),
     long_description_content_type="text/markdown",
-    url=REPOSITORY,
     project_urls={
         "Paper": "https://arxiv.org/abs/2407.09033",
         "Authors' code": "https://github.com/ByeongHyunPak/tqdm",
