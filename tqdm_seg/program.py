@@ -106,10 +106,18 @@ def parser_of(options: type, description: str | None, prog: str | None = None) -
         if required and not flag:
             add(field.name, **({"metavar": field.name.upper()} | argument))
             continue
+        if "choices" not in argument and argument.get("action", "extend") == "extend":
+            argument.setdefault("metavar", _metavar(field.name, argument))
         argument["help"] += _shown_default(field.default, argument)
         argument |= {"required": True} if required else {"default": field.default}
         add(f"--{field.name.rstrip('_').replace('_', '-')}", dest=field.name, **argument)
     return parser
+
+
+def _metavar(name: str, argument: dict[str, Any]) -> str:
+    """What stands for an option's value in its help: by its type, else the last word of its name."""
+    by_type = {int: "N", finite: "X", Path: "FILE", size: "HxW", names: "A,B,..."}
+    return "DIR" if name == "out" else by_type.get(argument.get("type"), name.split("_")[-1].upper())
 
 
 def _shown_default(default: Any, argument: dict[str, Any]) -> str:

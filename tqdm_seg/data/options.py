@@ -15,8 +15,8 @@ class PrepareOptions:
     """What every dataset's program takes."""
 
     root: Path = option(help="folder with the images, as described above")
-    out: Path = option(flag=True, metavar="DIR", help="dataset folder to make; DIR.partial until it is whole")
-    workers: int = option(CPUS, group="work", help="processes (default: %(default)s)")
+    out: Path = option(flag=True, help="dataset folder to make; DIR.partial until it is whole")
+    workers: int = option(CPUS, group="work", help="processes")
     overwrite: bool = option(False, group="work", help="replace a DIR made from other files or options")
     skip_bad: bool = option(
         False,
@@ -24,7 +24,7 @@ class PrepareOptions:
         help="leave out frames that are broken, unlabelled or whose label has another size, and list them in the "
         "manifest (default: stop at the first)",
     )
-    rows_per_shard: int = option(128, group="what is stored", help="frames per Parquet file (default: %(default)s)")
+    rows_per_shard: int = option(128, group="what is stored", help="frames per Parquet file")
     link: bool = option(
         False,
         group="what is stored",
@@ -91,10 +91,10 @@ class FolderOptions(PrepareOptions):
     """
 
     masks: Path = option(help="folder with the masks, as described above")
-    class_file: Path = option(flag=True, metavar="FILE", help="class names, as described above")
-    mask_suffix: str = option(".png", help="end of the masks' names (default: %(default)s)")
-    name: str = option("Own images", help="name of the dataset on its card (default: %(default)s)")
-    license: str = option("unknown", help="licence named on the card (default: %(default)s)")
+    class_file: Path = option(flag=True, help="class names, as described above")
+    mask_suffix: str = option(".png", help="end of the masks' names")
+    name: str = option("Own images", help="name of the dataset on its card")
+    license: str = option("unknown", help="licence named on the card")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +177,7 @@ class SynthiaOptions(PrepareOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Is a prepared dataset folder what its manifest says?
+    """Verifies that prepared dataset folders are what their manifests say.
 
     Checks sizes and checksums of all files, every row against the index, that labels hold classes only, and their
     counts. With several folders also that their labels may be used together: the same classes, and not two maps of one
@@ -185,7 +185,7 @@ class CheckOptions:
     """
 
     folders: tuple[Path, ...] = option(nargs="+", type=Path, metavar="FOLDER", help="folders that `prepare` made")
-    workers: int = option(CPUS, help="processes (default: %(default)s)")
+    workers: int = option(CPUS, help="processes")
 
     def __post_init__(self):
         if self.workers < 1:
@@ -194,7 +194,7 @@ class CheckOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditOptions:
-    """Scenes, frames and images that two sets have in common, for test sets that must not have been trained on.
+    """Finds scenes, frames and images that two sets have in common: test frames that were trained on.
 
     Each set is one of
         a text file    one name per line: scenes (x0613_1627), or frames by file name or path (00001.png)
@@ -219,8 +219,8 @@ class AuditOptions:
         "drive: re-encoded images 0 to 4, frames half a second apart 0 to 22, 12 seconds and more 12 to 42",
     )
     images: bool = option(True, help="compare images (default), or only names, which takes no time")
-    json: Path | None = option(None, metavar="FILE", help="write everything that was found")
-    csv: Path | None = option(None, metavar="FILE", help="the same as a table")
+    json: Path | None = option(None, help="write everything that was found")
+    csv: Path | None = option(None, help="the same as a table")
 
     def __post_init__(self):
         if self.minutes is not None and self.minutes < 0:

@@ -32,28 +32,27 @@ class PredictOptions:
 
     model: str = option(help=MODEL)
     inputs: tuple[Path, ...] = option(metavar="INPUT", help="image, video, or folder of both, with its subfolders")
-    out: Path = option(flag=True, metavar="DIR", help="for the results; files of the same name are replaced")
+    out: Path = option(flag=True, help="for the results; files of the same name are replaced")
     only: tuple[str, ...] | None = option(
-        None, type=names, metavar="A,B,...", help="decide between these classes of the model (default: all)"
+        None, type=names, help="decide between these classes of the model (default: all)"
     )
     size: tuple[int, int] | None = option(
         None,
         type=size,
-        metavar="HxW",
         help="scale images to fit this box, such as 1024x2048 (default: keep their size)",
     )
     window: int | None = option(
         None, metavar="PX", help="side of the sliding window, 0: whole images (default: the model's)"
     )
     stride: int | None = option(
-        None, metavar="PX", help="from window to window (default: the model's; with --window 2/3 of it)"
+        None, metavar="PX", help="distance from window to window (default: the model's; with --window 2/3 of it)"
     )
     window_batch: int | None = option(
-        None, metavar="N", help="windows per forward pass; fewer need less memory (default: the model's)"
+        None, help="windows per forward pass; fewer need less memory (default: the model's)"
     )
     flip: bool = option(False, help="average with the prediction for the mirrored image, in twice the time")
     device: Device = option("auto", help="auto: a GPU if there is one")
-    precision: Precision = option("fp32", help="fp32 is exact; int8 runs on CPUs and needs torchao")
+    precision: Precision = option("fp32", help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao")
     compile: bool = option(False, help="torch.compile: minutes for the first image, then faster")
     backend: Literal["torch", "onnxruntime"] = option("torch", help="onnxruntime is for exports")
 
@@ -69,7 +68,7 @@ class PredictOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """Makes a model folder of other programs' weights.
+    """Makes a model folder of published or pre-trained weights.
 
         tqdm-seg convert tqdm.pth --out DIR                              # published checkpoint -> model
         tqdm-seg convert ViT-B-16.pt --out DIR --init clip_vit_b16       # pre-trained CLIP -> start of a training
@@ -80,16 +79,14 @@ class ConvertOptions:
     """
 
     source: str = option(help=".pth, .pt or .safetensors file, or what --from says")
-    out: Path = option(
-        flag=True, metavar="DIR", help="model folder to write, for `tqdm-seg predict` and `tqdm-seg train --model`"
-    )
+    out: Path = option(flag=True, help="model folder to write, for `tqdm-seg predict` and `tqdm-seg train --model`")
     preset: Literal["auto", Preset] = option(
         "auto",
         help="SOURCE is a published tqdm checkpoint of this preset; auto: found by its shapes",
     )  # fmt: skip
     init: Preset | None = option(None, help="SOURCE is a pre-trained CLIP or EVA02-CLIP, DIR the start of a training")
     class_names: tuple[str, ...] | None = option(
-        None, type=names, metavar="A,B,...", help="what the class ids mean, in their order (default: Cityscapes' 19)"
+        None, type=names, help="what the class ids mean, in their order (default: Cityscapes' 19)"
     )
     from_: Literal["file", "open_clip", "transformers"] = option(
         "file", group="with --init",
@@ -130,10 +127,10 @@ class ExportOptions:
     """
 
     model: str = option(help=MODEL)
-    out: Path = option(flag=True, metavar="DIR", help="folder to write; an earlier export is replaced")
+    out: Path = option(flag=True, help="folder to write; an earlier export is replaced")
     format: tuple[Literal["onnx", "torch"], ...] = option(("onnx", "torch"), help="files to write")
     size: tuple[int, int] | None = option(
-        None, type=size, metavar="HxW",
+        None, type=size,
         help="pixels of window.pt2, and of the checks (default: the model's window, else its tower's size)",
     )  # fmt: skip
     opset: int = option(OPSET, help="ONNX operator set")

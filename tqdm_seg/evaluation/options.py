@@ -51,15 +51,15 @@ def parse_sets(texts: Sequence[str]) -> list[SetSource]:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """Score a model on prepared datasets: mIoU and more, every figure with its protocol.
+    """Scores a model on prepared datasets: mIoU and more, every figure with its protocol.
 
         tqdm-seg evaluate MODEL --data cityscapes=DATA/cityscapes --data bdd100k=DATA/bdd100k --protocol published
         torchrun --nproc_per_node 2 -m tqdm_seg.evaluation.evaluate MODEL --data orfd=DATA/orfd:test --offnet
 
-        OUT/results.json      figures of all sets and groups, confusion matrices, protocols, the model's checksums
-        OUT/NAME.parquet      pixel counts of every frame, from which all figures follow; for `tqdm-seg compare`
-        OUT/NAME_groups.csv   figures by scene and attribute
-        OUT/plan.json         what was asked for
+        DIR/results.json      figures of all sets and groups, confusion matrices, protocols, the model's checksums
+        DIR/NAME.parquet      pixel counts of every frame, from which all figures follow; for `tqdm-seg compare`
+        DIR/NAME_groups.csv   figures by scene and attribute
+        DIR/plan.json         what was asked for
 
     Stopped at any moment, the same command continues with the remaining frames, with any number of processes. No code
     from MODEL runs. The model computes on its fast path, which differs from the plain one by rounding only.
@@ -71,16 +71,15 @@ class EvaluateOptions:
         help="prepared dataset (folder or URL) and the name of its results; repeat it for more sets. Without SPLIT: "
         "validation, or test if there is none. PATH:SPLIT@1024x2048 is --size for this set alone",
     )  # fmt: skip
-    out: Path = option(Path("runs/evaluation"), metavar="DIR", help="for the results (default: %(default)s)")
+    out: Path = option(Path("runs/evaluation"), help="for the results")
 
     protocol: Literal["model", "own", "published"] = option(
         "model", group="protocol",
         help="image size: of the model's image processor, of the image itself, or as published: fitted into 1024x2048 "
-        "(Cityscapes, Mapillary) or 720x1280 (BDD100K), its own for other sets (default: %(default)s)",
+        "(Cityscapes, Mapillary) or 720x1280 (BDD100K), its own for other sets",
     )  # fmt: skip
     size: tuple[int, int] | None = option(
-        None, type=size, group="protocol", metavar="HxW",
-        help="fit all images into this box, either way round, keeping their shape",
+        None, type=size, group="protocol", help="fit all images into this box, either way round, keeping their shape",
     )  # fmt: skip
     window: int | None = option(
         None, group="protocol", metavar="PX", help="side of the sliding window, 0: whole images (default: the model's)"
@@ -90,8 +89,7 @@ class EvaluateOptions:
         help="distance from window to window (default: the model's; with --window 2/3 of it)",
     )  # fmt: skip
     window_batch: int | None = option(
-        None, group="protocol", metavar="N",
-        help="windows per forward pass; fewer need less memory (default: the model's)",
+        None, group="protocol", help="windows per forward pass; fewer need less memory (default: the model's)",
     )  # fmt: skip
     aug_test: bool = option(
         False, group="protocol", help="average over six scales from 0.5 to 1.75, each mirrored too, as published"
@@ -101,21 +99,19 @@ class EvaluateOptions:
     )
     precision: Precision = option(
         "fp32", group="protocol",
-        help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao (default: %(default)s)",
+        help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao",
     )  # fmt: skip
 
     attributes: Path | None = option(
-        None, group="groups", metavar="FILE", help="CSV with a column `scene` and columns to group frames by"
+        None, group="groups", help="CSV with a column `scene` and columns to group frames by"
     )
     by: tuple[str, ...] | None = option(
-        None, type=names, group="groups", metavar="A,B", help="its columns to use (default: weather, light, road)"
+        None, type=names, group="groups", help="its columns to use (default: weather, light, road)"
     )
 
-    device: Device = option("auto", group="computing", help="auto: a GPU if there is one (default: %(default)s)")
-    workers: int = option(2, group="computing", metavar="N", help="loader processes per process (default: %(default)s)")
-    save_every_frames: int = option(
-        32, group="computing", metavar="N", help="frames that a kill costs at most (default: %(default)s)"
-    )
+    device: Device = option("auto", group="computing", help="auto: a GPU if there is one")
+    workers: int = option(2, group="computing", help="loader processes per process")
+    save_every_frames: int = option(32, group="computing", help="frames that a kill costs at most")
 
     def __post_init__(self):
         parse_sets(self.data)

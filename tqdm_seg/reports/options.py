@@ -11,7 +11,7 @@ from ..program import names, option
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Compare two evaluations of the same frames: which is better, where, and how certain that is.
+    """Compares two evaluations of the same frames: which is better, where, and how certain that is.
 
         tqdm-seg compare A.parquet B.csv --leaked SEEN_IN_TRAINING.txt --by weather,light --markdown comparison.md
 
@@ -31,33 +31,30 @@ class CompareOptions:
 
     first: Path = option(metavar="A", help="per-frame table (.parquet or .csv) of the baseline")
     second: Path = option(metavar="B", help="the same of the run to compare with it")
-    scenes: Path | None = option(
-        None, group="frames and groups", metavar="FILE", help="only these scenes, one per line"
-    )
+    scenes: Path | None = option(None, group="frames and groups", help="only these scenes, one per line")
     known: Path | None = option(
-        None, group="frames and groups", metavar="FILE", help="scenes of the training: groups known and unknown"
+        None, group="frames and groups", help="scenes of the training: groups known and unknown"
     )
     leaked: Path | None = option(
-        None, group="frames and groups", metavar="FILE", help="test scenes seen in training: groups with and without"
+        None, group="frames and groups", help="test scenes seen in training: groups with and without"
     )
     attributes: Path | None = option(
-        None, group="frames and groups", metavar="FILE",
+        None, group="frames and groups",
         help="CSV with a column `scene` and columns to group by, instead of the tables' own",
     )  # fmt: skip
     by: tuple[str, ...] | None = option(
-        None, type=names, nargs="?", const=(), group="frames and groups", metavar="A,B",
+        None, type=names, nargs="?", const=(), group="frames and groups",
         help="columns to group by; without a value none (default: weather, light and road, where there are any)",
     )  # fmt: skip
     bootstrap: int = option(
-        10000, metavar="N",
-        help="resamples of the scenes for the interval of the Overall difference, 0: none (default: %(default)s)",
+        10000, help="resamples of the scenes for the interval of the Overall difference, 0: none",
     )  # fmt: skip
-    seed: int = option(0, metavar="N", help="of the bootstrap (default: %(default)s)")
+    seed: int = option(0, help="of the bootstrap")
     anyway: bool = option(False, help="compare in spite of other frames, ground truth or protocol, and say so")
-    language: Literal["en", "zh"] = option("en", group="output", help="of the Markdown (default: %(default)s)")
-    markdown: Path | None = option(None, group="output", metavar="FILE", help="write what is printed")
-    csv: Path | None = option(None, group="output", metavar="FILE", help="write scenes and groups, unrounded")
-    json: Path | None = option(None, group="output", metavar="FILE", help="write everything, unrounded")
+    language: Literal["en", "zh"] = option("en", group="output", help="of the Markdown")
+    markdown: Path | None = option(None, group="output", help="write what is printed")
+    csv: Path | None = option(None, group="output", help="write scenes and groups, unrounded")
+    json: Path | None = option(None, group="output", help="write everything, unrounded")
 
     def __post_init__(self):
         if min(self.bootstrap, self.seed) < 0:
@@ -66,7 +63,7 @@ class CompareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ReportOptions:
-    """Make one HTML page of an evaluation, for any browser, offline: figures, classes, confusion, scenes, frames.
+    """Makes one HTML page of an evaluation, for any browser, offline: figures, classes, confusion, scenes, frames.
 
         tqdm-seg report runs/evaluation                                        figures only, without model and data
         tqdm-seg report runs/evaluation --model MODEL --data orfd=DATA/orfd    with images of the worst and best frames
@@ -86,9 +83,9 @@ class ReportOptions:
     )
     compare: Path | None = option(None, metavar="DIR", help="folder of another evaluation, to compare with")
     out: Path | None = option(None, metavar="FILE", help="page to write (default: report.html in RESULTS)")
-    frames: int = option(20, metavar="N", help="worst and best frames to list (default: %(default)s)")
-    images: int = option(6, metavar="N", help="worst and best frames to draw (default: %(default)s)")
-    score_maps: int = option(1, metavar="N", help="worst and best frames to draw score maps of (default: %(default)s)")
+    frames: int = option(20, help="worst and best frames to list")
+    images: int = option(6, help="worst and best frames to draw")
+    score_maps: int = option(1, help="worst and best frames to draw score maps of")
     device: Device = option("auto", help="auto: a GPU if there is one")
 
     def __post_init__(self):

@@ -34,7 +34,7 @@ _speed = partial(option, group="speed and memory")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Train tqdm. Without options this is the quick start: a small model, 56 real frames, minutes on a CPU.
+    """Trains tqdm. Without options this is the quick start: a small model, 56 real frames, minutes on a CPU.
 
     The run folder --out receives args.json, log.jsonl, checkpoints/, best/ (with --eval-every-steps), and in the end
     model/ (loadable with `AutoModelForSemanticSegmentation.from_pretrained(..., trust_remote_code=True)`),
@@ -47,29 +47,27 @@ class TrainOptions:
     """
 
     # Where the run lives and what it reports.
-    out: Path = _run(Path("runs/quickstart"), help="run folder (default: %(default)s)")
+    out: Path = _run(Path("runs/quickstart"), help="run folder")
     resume: bool = _run(False, help="continue from the last checkpoint in --out, if there is one")
     dry_run: bool = _run(False, help="build everything, print the plan and the memory it takes, and stop")
-    seed: int = _run(0, help="decides the first weights and every batch (default: %(default)s)")
-    log_every: int = _run(10, help="steps per log line, which holds means over them (default: %(default)s)")
+    seed: int = _run(0, help="decides the first weights and every batch")
+    log_every: int = _run(10, help="steps per log line, which holds means over them")
     save_every_steps: int = _run(50, help="steps between checkpoints, 0: none (published: 2000; default: %(default)s)")
-    keep: int = _run(2, help="newest checkpoints to keep (default: %(default)s)")
+    keep: int = _run(2, help="newest checkpoints to keep")
     eval_every_steps: int = _run(0, help="steps between evaluations, which keep the best model; 0: only in the end")
-    overlays: int = _run(6, help="held-back frames to draw at every evaluation (default: %(default)s)")
-    tracker: str = _run("tensorboard", help="tensorboard, wandb, trackio, ..., or none (default: %(default)s)")
-    license: str = _run("apache-2.0", help="licence named on the model card (default: %(default)s)")
+    overlays: int = _run(6, help="held-back frames to draw at every evaluation")
+    tracker: str = _run("tensorboard", help="tensorboard, wandb, trackio, ..., or none")
+    license: str = _run("apache-2.0", help="licence named on the model card")
     push_to_hub: str | None = _run(None, metavar="NAME/REPO", help="push the model folder there in the end")
 
     # What is trained.
-    model: str = _model(
-        "tiny", help=f"preset with random weights ({', '.join(PRESETS)}), or model folder (default: %(default)s)"
-    )
+    model: str = _model("tiny", help=f"preset with random weights ({', '.join(PRESETS)}), or model folder")
     vision: Literal["full", "frozen", "lora"] = _model(
         "full",
         help="vision tower: trained (published), frozen but for its pyramid, or with low-rank adapters, which are "
-        "merged into the model folder in the end (default: %(default)s)",
+        "merged into the model folder in the end",
     )
-    lora_rank: int = _model(16, help="rank of the adapters of --vision lora (default: %(default)s)")
+    lora_rank: int = _model(16, help="rank of the adapters of --vision lora")
     no_text_attention: bool = _model(False, help="ablation: no text-to-pixel attention in the pixel decoder")
     random_queries: bool = _model(False, help="ablation: learned random vectors instead of the class texts")
     textual_weight: float | None = _model(None, help="weight of the textual regulariser (default: the model's, 1)")
@@ -80,26 +78,23 @@ class TrainOptions:
     data: str | None = _data(
         None, help="folder or URL of a prepared dataset; its classes become the model's (default: the example frames)"
     )
-    train_split: str = _data("train", help="split of --data to train on (default: %(default)s)")
+    train_split: str = _data("train", help="split of --data to train on")
     eval_data: str | None = _data(None, metavar="DATA", help="dataset to evaluate on (default: --data)")
-    eval_split: str = _data("validation", help="split to evaluate on (default: %(default)s)")
+    eval_split: str = _data("validation", help="split to evaluate on")
     eval_size: tuple[int, int] | None = _data(
-        None, type=size, metavar="HxW", help="fit evaluated images into this size (default: as they are)"
+        None, type=size, help="fit evaluated images into this size (default: keep their size)"
     )
     no_index: bool = _data(
         False,
         help="read --data with datasets.load_dataset, without an index: any dataset of images and 8-bit masks of class "
         "ids; needs --class-names, and samples frames in shuffled order",
     )
-    image_column: str = _data("image", help="with --no-index: name of the column of images (default: %(default)s)")
-    label_column: str = _data("label", help="with --no-index: name of the column of masks (default: %(default)s)")
-    class_names: tuple[str, ...] | None = _data(
-        None, type=names, metavar="A,B,...", help="with --no-index: class names in id order"
-    )
+    image_column: str = _data("image", help="with --no-index: name of the column of images")
+    label_column: str = _data("label", help="with --no-index: name of the column of masks")
+    class_names: tuple[str, ...] | None = _data(None, type=names, help="with --no-index: class names in id order")
     sampling: Literal["rare-class", "permutation"] = _data(
         "rare-class",
-        help="first a class, then a frame with enough of it (published), or every frame once an epoch (default: "
-        "%(default)s)",
+        help="first a class, then a frame with enough of it (published), or every frame once an epoch",
     )
     temperature: float = _data(
         100.0, help="rare-class: 100 draws classes evenly (published), 0.01 favours rare classes (default: %(default)g)"
@@ -109,18 +104,17 @@ class TrainOptions:
         help="rare-class: a frame drawn for a class has more pixels of it, its crop over half as many (published; "
         "default: %(default)s)",
     )
-    crop: int = _data(128, help="side of the training crop in pixels (published: 512; default: %(default)s)")
+    crop: int = _data(128, metavar="PX", help="side of the training crop (published: 512; default: %(default)s)")
     resize: Literal["window", "whole"] = _data(
         "window",
-        help="resize only what the crop shows, or the whole image with OpenCV's rounding (published) (default: "
-        "%(default)s)",
+        help="resize only what the crop shows, or the whole image with OpenCV's rounding (published)",
     )
-    workers: int = _data(0, help="loader processes, 0: load in the main process (default: %(default)s)")
+    workers: int = _data(0, help="loader processes, 0: load in the main process")
 
     # How it is trained.
     steps: int = _optimisation(300, help="optimiser steps (published: 20000; default: %(default)s)")
     batch_size: int = _optimisation(4, help="images per process and forward pass (published: 8; default: %(default)s)")
-    accumulation: int = _optimisation(1, help="forward passes per optimiser step (default: %(default)s)")
+    accumulation: int = _optimisation(1, help="forward passes per optimiser step")
     lr: float = _optimisation(5e-4, help="peak learning rate (published: 1e-5, Cityscapes 1e-4; default: %(default)s)")
     vision_lr_mult: float = _optimisation(
         1.0, help="vision tower: --lr times this (published: 0.1, for a pre-trained tower; default: %(default)s)"
@@ -140,7 +134,7 @@ class TrainOptions:
     loss_counts: Literal["step", "published"] = _optimisation(
         "step",
         help="losses are divided by the counts of the whole step, so that results do not depend on the number of "
-        "processes; published: by those of each process, except the number of masks (default: %(default)s)",
+        "processes; published: by those of each process, except the number of masks",
     )
     teacher_drop_path: bool = _optimisation(False, help="the frozen teacher drops paths at random (published)")
 
@@ -202,16 +196,16 @@ _SET_BY_ABLATION = (
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(TrainOptions):
-    """What is each part of tqdm worth? Trains models without it, on the same frames and from the same seeds.
+    """Trains models without one part of tqdm each, on the same frames and from the same seeds: what is a part worth?
 
     By default on the example frames, from random weights: 56 frames of one off-road drive to train on, 24 later ones of
     the same drive held back, and five dashcam frames of another continent as a domain never seen. Writes a table of
-    mIoU, per variant the mean over the seeds and its range, to OUT/ablation.md, and all figures to OUT/ablation.json.
+    mIoU, per variant the mean over the seeds and its range, to DIR/ablation.md, and all figures to DIR/ablation.json.
     Finished runs are kept: after an interruption the same command continues. All options of `train` hold for every run.
     """
 
-    out: Path = _run(Path("runs/ablation"), help="folder of the runs (default: %(default)s)")
-    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", type=int, help="one run each (default: 0 1 2)")
+    out: Path = _run(Path("runs/ablation"), help="folder of the runs")
+    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", type=int, help="one run each")
 
     def __post_init__(self) -> None:
         """Raises ValueError for what `train` refuses, and for options that the ablation sets itself."""
