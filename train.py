@@ -18,6 +18,7 @@ import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +28,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers.utils import logging
 
+from tqdm_seg.data.files import named_when_full
+from tqdm_seg.evaluation.evaluate import number_format
 from tqdm_seg.loss_tqdm import LossCounts, count_losses
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.program import takes
 from tqdm_seg.training.batches import first_now, model_inputs, step_batches
-from tqdm_seg.training.build import build_model, choose_trained, make_accelerator, open_data
-from tqdm_seg.training.checkpoint import checkpoints, load_checkpoint, training_state, write_checkpoint
+from tqdm_seg.training.build import build_model, check_sizes, choose_trained, make_accelerator, open_data
+from tqdm_seg.training.checkpoint import load_checkpoint, newest_checkpoint, prune, training_state, write_checkpoint
 from tqdm_seg.training.log import Log, RecentLosses, StopSignal
 from tqdm_seg.training.optimisation import (
     convert_batch_norm,
@@ -43,7 +46,15 @@ from tqdm_seg.training.optimisation import (
     update_average,
 )
 from tqdm_seg.training.options import TrainOptions
-from tqdm_seg.training.plan import check_resumable, images_per_step, memory_gb, print_plan, write_options
+from tqdm_seg.training.plan import (
+    check_folder,
+    check_resumable,
+    images_per_step,
+    memory_gb,
+    print_plan,
+    run_facts,
+    write_facts,
+)
 from tqdm_seg.training.reporter import Reporter
 from tqdm_seg.training.teacher import TEACHER_DTYPES, Teacher
 
@@ -55,14 +66,21 @@ def train(options: TrainOptions) -> dict[str, object]:
     Everything is checked before the first file is written. Raises FileExistsError when --out holds a run, ValueError or
     OSError for options, data and models that do not fit.
     """
-    if not (options.resume or options.dry_run) and (options.out / "log.jsonl").exists():
-        raise FileExistsError(f"{options.out} holds a run; add --resume to continue it, or choose another --out")
+    if not options.dry_run:
+        check_folder(options.out, options.resume)
+    with named_when_full(options.out):
+        return train_once(options)
+
+
+def train_once(options: TrainOptions) -> dict[str, object]:
+    """As `train`, in a folder that may be written to."""
     logging.disable_progress_bar()  # of saved files, which would break the bar of the steps
     accelerator = make_accelerator(options)
     process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     training, validation = open_data(options)
     net, processor = build_model(options, training.classes)
+    check_sizes(options, net, processor, validation)
     # The teacher has the weights that the run starts from, not those of a checkpoint.
     teacher = Teacher(net, options.teacher_drop_path, TEACHER_DTYPES[options.teacher_precision])
     choose_trained(net, options.vision, options.lora_rank)
@@ -82,12 +100,15 @@ def train(options: TrainOptions) -> dict[str, object]:
         print_plan(options, net, optimizer, teacher, model_inputs(batch, device), processes, accelerator.print)
         return {}
 
+    data = {"training data": training, "evaluation data": validation}
+    facts = run_facts(options, number_format(accelerator), processes, data)
     run = Run(options, accelerator, net, *accelerator.prepare(net, optimizer), average, teacher)
-    first_step = run.resume()
+    first_step = run.resume(facts)
     batches = first_now(step_batches(options, training, first_step, process, processes))
     accelerator.wait_for_everyone()  # all have looked for an earlier run
     if accelerator.is_main_process:
-        write_options(options, processes)
+        write_facts(options.out, facts)
+        prune(options.out / "checkpoints", first_step, options.keep)
     log = Log(accelerator, options, first_step)
     shown = net if average is None else average
     reporter = Reporter(options, accelerator, shown, processor, training, validation, log)
@@ -187,15 +208,16 @@ class Run:
             write_checkpoint(self.options.out / "checkpoints", done, state, averaged, extra, self.options.keep)
         accelerator.wait_for_everyone()
 
-    def resume(self) -> int:
-        """Loads the last checkpoint if there is one and --resume is given; returns the number of steps done."""
-        last = checkpoints(self.options.out / "checkpoints")[-1:] if self.options.resume else []
-        if not last:
+    def resume(self, facts: dict[str, Any]) -> int:
+        """Loads the last whole checkpoint, if --resume is given and there is one; returns the number of steps done."""
+        out, say = self.options.out, self.accelerator.print
+        last = newest_checkpoint(out / "checkpoints", say) if self.options.resume else None
+        if last is None:
             return 0
-        check_resumable(self.options, self.accelerator.num_processes)
-        content = load_checkpoint(last[0], self._bare_model(), self.optimizer.optimizer)
+        check_resumable(out, facts, say)
+        content = load_checkpoint(last, self._bare_model(), self.optimizer.optimizer)
         if self.average is not None:
-            self.average.load_state_dict(load_file(last[0] / "average.safetensors"))
+            self.average.load_state_dict(load_file(last / "average.safetensors"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
         return content["step"]

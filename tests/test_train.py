@@ -1,11 +1,15 @@
 """The training program on a very small model and 40-pixel images: recipe, exact resume, outputs, clear errors."""
 
+import errno
+import hashlib
 import importlib
+import io
 import json
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -25,7 +29,7 @@ from tqdm_seg.program import parse
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
 from tqdm_seg.training import options as options_of_training
 from tqdm_seg.training.batches import TrainSamples
-from tqdm_seg.training.log import RecentLosses
+from tqdm_seg.training.log import RecentLosses, append_line
 from tqdm_seg.training.optimisation import learning_rate
 from tqdm_seg.training.options import AblateOptions, TrainOptions
 
@@ -99,7 +103,9 @@ def test_the_presets_of_the_help_are_those_of_the_model():
 
 WRONG = (
     "--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1", "--push-to-hub a/b/c",
-    "--lr nan", "--eval-size 1024", "--no-index", "--class-names a,b", "--class-names a,,b", "--precision float16",
+    "--lr nan", 
+    "--ema nan", "--temperature nan", "--clip-norm nan", "--textual-weight inf", "--min-lr 1",
+    "--eval-size 1024", "--no-index", "--class-names a,b", "--class-names a,,b", "--precision float16",
 )  # fmt: skip
 
 
@@ -176,7 +182,7 @@ def test_training_changes_what_it_should_and_nothing_else(finished, start):
 
 def test_accumulated_batches_are_one_step(arguments, tmp_path):
     call("train", *arguments(tmp_path / "run", "--accumulation", "2", "--steps", "2"))
-    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2]
+    assert [line["step"] for line in log_of(tmp_path / "run") if "loss" in line] == [1, 2]
     moments = load_file(tmp_path / "run" / "checkpoints" / "step_0000002" / "optimizer.safetensors")
     assert {int(value) for name, value in moments.items() if name.endswith("|step")} == {2}
 
@@ -196,12 +202,138 @@ def test_a_full_disk_leaves_the_last_checkpoint(arguments, tmp_path, monkeypatch
         original(tensors, path)
 
     monkeypatch.setattr(checkpoint_tqdm, "save_file", fail_at_second)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="(?i)no space left"):
         call("train", *arguments(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000002"]
     monkeypatch.undo()
     call("train", *arguments(tmp_path / "run", "--resume"))
-    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in log_of(tmp_path / "run") if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_torn_line_of_the_log_is_left_out_with_a_word(finished, arguments, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
+    with (tmp_path / "run" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')
+    call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert "log.jsonl: 1 torn line" in capsys.readouterr().out
+    assert log_of(tmp_path / "run") == log_of(finished[0]) and same_checkpoints(tmp_path / "run", finished[0], 6)
+
+
+def test_a_line_that_does_not_fit_leaves_the_log_as_before(tmp_path, monkeypatch):
+    append_line(tmp_path / "log", "one")
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(data) < 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data[:2])
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(Path, "open", lambda self, *_, **__: Full(self, "ab"))
+        append_line(tmp_path / "log", "three")
+    assert (tmp_path / "log").read_bytes() == b"one\n"
+
+
+@pytest.mark.parametrize("damage", ["weights.safetensors", "state.json", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_means_the_one_before_it(finished, arguments, tmp_path, capsys, damage):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_0000006" / damage
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1  # one bit
+    path.write_bytes(content if damage != "state.json" else content[:30])
+    call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    said = capsys.readouterr().out
+    assert "step_0000006 is damaged" in said and "before" in said
+    assert same_checkpoints(tmp_path / "run", finished[0], 6) and log_of(tmp_path / "run") == log_of(finished[0])
+
+
+def test_checkpoints_that_a_kill_left_are_pruned_at_the_start(finished, arguments, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step_0000004", folder / "step_0000002")
+    call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert sorted(path.name for path in folder.iterdir()) == ["step_0000004", "step_0000006"]
+
+
+def test_what_systems_leave_in_folders_ends_no_run(finished, arguments, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for part in ("model", "best", "overlays", "checkpoints", "."):
+        for name in (".DS_Store", "._x", "Thumbs.db"):
+            (tmp_path / "run" / part / name).write_bytes(b"left by a system")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_0000006")
+    call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert log_of(tmp_path / "run") == log_of(finished[0])
+
+
+@pytest.mark.parametrize("place", ["overlays/thesis.txt", "model/thesis.txt", "best/thesis.txt"])
+def test_what_is_not_of_the_run_is_never_replaced(finished, arguments, tmp_path, place):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / place).write_text("years of work")
+    with pytest.raises(FileExistsError, match="thesis"):
+        call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert (tmp_path / "run" / place).read_text() == "years of work"
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_of_others_is_no_run(arguments, tmp_path, more):
+    (tmp_path / "run" / "overlays").mkdir(parents=True)
+    (tmp_path / "run" / "overlays" / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="run"):
+        call("train", *arguments(tmp_path / "run", *more))
+    assert [path.name for path in (tmp_path / "run").rglob("*.*")] == ["holiday.png"]
+
+
+def test_a_run_is_known_by_its_content_wherever_it_lies(finished, arguments, start, data, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copytree(data, tmp_path / "moved")
+    shutil.copytree(start, tmp_path / "model")
+    moved = (
+        "--eval-every-steps",
+        "3",
+        "--resume",
+        "--data",
+        str(tmp_path / "moved"),
+        "--model",
+        str(tmp_path / "model"),
+    )
+    call("train", *arguments(tmp_path / "run", *moved))
+    path = tmp_path / "moved" / "manifest.json"
+    index = tmp_path / "moved" / "index.parquet"
+    pq.write_table(pq.read_table(index), index, compression="none")  # another index at the same place
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"index_sha256": hashlib.sha256(index.read_bytes()).hexdigest()}))
+    with pytest.raises(ValueError, match="data was"):
+        call("train", *arguments(tmp_path / "run", *moved))
+
+
+def test_a_run_goes_on_in_its_precision_only(finished, arguments, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    monkeypatch.setattr(program, "number_format", lambda accelerator: "bf16 autocast")  # as accelerate launch was told
+    with pytest.raises(ValueError, match="precision was fp32, now bf16"):
+        call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+
+
+def test_other_versions_are_said(finished, arguments, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    facts = json.loads((tmp_path / "run" / "args.json").read_text())
+    facts["versions"]["torch"] = "1.0"
+    (tmp_path / "run" / "args.json").write_text(json.dumps(facts))
+    call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert "torch was 1.0" in capsys.readouterr().out
+
+
+def test_the_last_evaluation_competes_for_the_best_and_the_end_names_the_folder(finished, arguments, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    last = [line["miou"] for line in log_of(out) if "miou" in line][-1]
+    for kept, advice in ((last / 2, f"Use {out / 'model'}"), (0.99, f"Better: {out / 'best'}")):
+        path = out / "best" / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"miou": kept, "step": 3}))
+        call("train", *arguments(out, "--eval-every-steps", "3", "--resume"))
+        assert advice in capsys.readouterr().out
+        assert json.loads(path.read_text())["step"] == (6 if kept < last else 3)
+        assert [line["step"] for line in log_of(out) if "miou" in line] == [3, 6]
 
 
 def test_resuming_with_other_options_or_another_model_is_refused(finished, arguments, tmp_path):
@@ -209,7 +341,9 @@ def test_resuming_with_other_options_or_another_model_is_refused(finished, argum
     with pytest.raises(ValueError, match="lr was 0.001, now 0.002"):
         call("train", *arguments(tmp_path / "run", "--resume", "--lr", "2e-3"))
     facts = json.loads((tmp_path / "run" / "args.json").read_text())
-    (tmp_path / "run" / "args.json").write_text(json.dumps(facts | {"model": "tiny"}))
+    (tmp_path / "run" / "args.json").write_text(
+        json.dumps(facts | {"identity": facts["identity"] | {"start model": "tiny"}})
+    )
     with pytest.raises(ValueError, match="step_0000006.* model"):
         call("train", *arguments(tmp_path / "run", "--resume", "--model", "tiny"))
 
@@ -217,7 +351,8 @@ def test_resuming_with_other_options_or_another_model_is_refused(finished, argum
 def test_the_best_model_is_kept_and_loads(finished):
     best = finished[0] / "best"
     results = json.loads((best / "results.json").read_text())
-    assert results["step"] == 3 and results["miou"] == log_of(finished[0])[3]["miou"]
+    scored = {line["step"]: line["miou"] for line in log_of(finished[0]) if "miou" in line}
+    assert scored[results["step"]] == results["miou"] == max(scored.values())
     assert AutoModelForSemanticSegmentation.from_pretrained(best, trust_remote_code=True).config.num_labels == 2
 
 
@@ -232,7 +367,7 @@ def test_log_has_every_loss_rates_and_evaluations(finished):
     assert [line["lr_rest"] for line in training] == pytest.approx(
         [learning_rate(step, 1e-3, 6, 2, 1e-6) for step in range(6)], rel=1e-9
     )
-    assert [line["step"] for line in lines if "miou" in line] == [3]
+    assert [line["step"] for line in lines if "miou" in line] == [3, 6]
 
 
 def test_model_folder_loads_as_remote_code_and_scores_as_reported(finished, data):
@@ -275,7 +410,7 @@ def test_a_model_can_start_with_other_classes(arguments, start, tmp_path):
     (tmp_path / "classes.txt").write_text("traversable\ncar\ntrain\n")
     shards, names = tmp_path / "shards", tmp_path / "classes.txt"
     prepare("folder", tmp_path / "images", shards, tmp_path / "masks", "--class-file", names)
-    more = ("--data", str(shards), "--steps", "1", "--save-every-steps", "0", "--lr", "1e-12")
+    more = ("--data", str(shards), "--steps", "1", "--save-every-steps", "0", "--lr", "1e-12", "--min-lr", "1e-13")
     results = call("train", *arguments(tmp_path / "run", *more))
     assert list(results["iou"]) == ["traversable", "car", "train"]
     before, after = (load_file(folder / "model.safetensors") for folder in (start, tmp_path / "run" / "model"))
@@ -308,7 +443,7 @@ def plain_losses(start, data, tmp_path_factory) -> list[float]:
     fixed = f"--model {start} --data {data} --out {out} --steps 2 --batch-size 2 --crop 32 --warmup-steps 2 --lr 1e-3"
     more = "--min-pixels 50 --tracker none --log-every 1 --overlays 0"
     call("train", *fixed.split(), *more.split())
-    return [line["loss"] for line in log_of(out)]
+    return [line["loss"] for line in log_of(out) if "loss" in line]
 
 
 def test_a_frozen_tower_stays_and_its_pyramid_learns(arguments, start, tmp_path):
@@ -366,13 +501,13 @@ def fresh_accelerator():
 )
 def test_ways_to_compute_change_nothing_but_the_last_digits(arguments, plain_losses, tmp_path, option):
     out = short(arguments, tmp_path / "run", *option.split())
-    assert [line["loss"] for line in log_of(out)] == pytest.approx(plain_losses, rel=1e-5)
+    assert [line["loss"] for line in log_of(out) if "loss" in line] == pytest.approx(plain_losses, rel=1e-5)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_bf16_stays_near_float32(arguments, plain_losses, tmp_path):
     out = short(arguments, tmp_path / "run", "--precision", "bf16")
-    losses = [line["loss"] for line in log_of(out)]
+    losses = [line["loss"] for line in log_of(out) if "loss" in line]
     assert losses == pytest.approx(plain_losses, rel=0.02) and losses != pytest.approx(plain_losses, rel=1e-6)
 
 
@@ -406,7 +541,7 @@ def test_a_compiled_model_is_one_graph_whatever_the_number_of_masks(arguments, t
 def test_published_behaviours_are_options_that_change_the_losses(arguments, plain_losses, tmp_path):
     for option in ("--teacher-drop-path", "--resize whole"):
         out = short(arguments, tmp_path / option.split()[0], *option.split())
-        losses = [line["loss"] for line in log_of(out)]
+        losses = [line["loss"] for line in log_of(out) if "loss" in line]
         assert losses == pytest.approx(plain_losses, rel=0.1) and losses != plain_losses, option
 
 
@@ -477,6 +612,9 @@ def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, t
             call("train", *arguments(tmp_path / "run", *refused.split()))
     with pytest.raises(ValueError, match="--min-pixels"):
         call("train", *arguments(tmp_path / "run", "--min-pixels", "999999"))
+    for option in ("--crop 1", "--eval-size 4x4"):
+        with pytest.raises(ValueError, match=option.split()[0]):
+            call("train", *arguments(tmp_path / "run", *option.split()))
     for column in ("image", "label"):
         more = ("--no-index", "--class-names", ",".join(CLASSES), f"--{column}-column", "nothing")
         with pytest.raises(ValueError, match="nothing"):

@@ -230,7 +230,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(_TEMPORARY + path.name)
     try:
-        with _named_when_full(path):
+        with named_when_full(path):
             yield temporary
             _make_public(temporary)
             _flush_to_disk(temporary)
@@ -261,7 +261,7 @@ def replace_folder(folder: Path, program: str) -> Iterator[Path]:
     restore_folder(folder)
     check_out_folder(folder, program, whole=True)
     remove_folder(temporary)
-    with _named_when_full(folder):
+    with named_when_full(folder):
         temporary.mkdir(parents=True)
         write_mark(temporary, program)
         try:
@@ -303,11 +303,13 @@ def restore_folder(target: Path) -> None:
 
 
 @contextmanager
-def _named_when_full(path: Path) -> Iterator[None]:
+def named_when_full(path: Path) -> Iterator[None]:
     """Says which file did not fit on a full disk, whatever library found out."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+            raise  # it names its file already
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):
             words = "the disk is full; make room and start the same command again; not written"

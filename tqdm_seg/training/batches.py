@@ -44,6 +44,12 @@ class RareClassSampling:
         return weights / weights.sum()
 
 
+def largest_minimum(class_pixels: np.ndarray) -> int:
+    """The largest --min-pixels with which every class that occurs can be drawn; class_pixels (R, K)."""
+    most = class_pixels.max(0)
+    return int(most[most > 0].min()) - 1
+
+
 class TrainPlan:
     """Which frame every sample of a run shows; a pure function of (seed, sample).
 
@@ -63,11 +69,11 @@ class TrainPlan:
         self.counts = enough.sum(0)  # (K,) frames to choose from
         lacking = np.flatnonzero((class_pixels.sum(0) > 0) & (self.counts == 0))
         if len(lacking):
-            most = class_pixels[:, lacking[0]].max()
+            named = ", ".join(str(names[k]) if names else str(k) for k in lacking[:3])
+            more = f" and {len(lacking) - 3} more classes" if len(lacking) > 3 else ""
             raise ValueError(
-                f"no frame has more than {sampling.min_pixels} pixels of {names[lacking[0]] if names else lacking[0]} "
-                f"(at most {most}), so none can be drawn for this class; use --min-pixels {most - 1} or less, or "
-                "--sampling permutation"
+                f"no frame has more than {sampling.min_pixels} pixels of {named}{more}, so none can be drawn for them; "
+                f"use --min-pixels {largest_minimum(class_pixels)} or less, or --sampling permutation"
             )
         self.members = np.nonzero(enough.T)[1]  # frames of class 0, of class 1, ...
         self.starts = self.counts.cumsum() - self.counts

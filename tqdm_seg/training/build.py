@@ -17,6 +17,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from ..data.frames import FrameDataset, PlainRows
 from ..data.shards import check_same_labels
 from ..deploy.speed import set_float32_arithmetic
+from ..evaluation.protocol import Protocol
 from .checkpoint import whole_weights
 from .options import TrainOptions
 
@@ -97,6 +98,29 @@ def build_model(
         shortest, longest = sorted(options.eval_size)
         processor.do_resize, processor.size = True, {"shortest_edge": shortest, "longest_edge": longest}
     return net, processor
+
+
+def check_sizes(
+    options: TrainOptions, net: TqdmForSemanticSegmentation, processor: TqdmImageProcessor,
+    validation: FrameDataset | PlainRows,
+) -> None:  # fmt: skip
+    """Raises ValueError for a crop, or an image to evaluate, that is smaller than the model's two patches a side."""
+    patch = net.config.vision_config.patch_size
+
+    def too_small(height: int, width: int) -> bool:
+        return min(net.model.vision_tower.padded_size(height, width)) < 2 * patch
+
+    if too_small(options.crop, options.crop):
+        raise ValueError(f"--crop {options.crop} is under two patches of {patch} pixels; use {2 * patch} or more")
+    if isinstance(validation, PlainRows):
+        return  # each is checked as it is read
+    protocol, table = Protocol.of(processor), validation.index.table
+    for key, *size in zip(*(table[name].to_pylist() for name in ("key", "height", "width")), strict=True):
+        if too_small(*protocol.view_size(*size)):
+            raise ValueError(
+                f"{key} of {validation.folder}, split {validation.split}, has {size[0]}x{size[1]} pixels and is "
+                f"evaluated with two patches of {patch} a side or more; leave it out, or enlarge images by --eval-size"
+            )
 
 
 def _config_changes(options: TrainOptions) -> dict[str, Any]:

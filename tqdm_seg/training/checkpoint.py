@@ -3,13 +3,14 @@
     step_0000400/weights.safetensors    the model as it is trained
     step_0000400/average.safetensors    averaged weights, with --ema
     step_0000400/optimizer.safetensors  both moments of every parameter
-    step_0000400/state.json             step, parameter groups, scale of half-precision gradients
+    step_0000400/state.json             step, parameter groups, scale of half-precision gradients, sums of the files
 
 They hold no state of a random generator: every draw derives from the seed and the step.
 """
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from ..data.files import replace_folder
+from ..deploy.folder import file_sum
 
 # Whole tensors on the CPU of the first process, also of a model that is sharded over processes.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -53,17 +55,27 @@ def write_checkpoint(
     state: of `training_state`; average: averaged weights, if any; extra: further content of state.json.
     Raises OSError when the disk is full; earlier checkpoints stay.
     """
-    target = folder / f"step_{step:07d}"
+    target = folder / _name(step)
     with replace_folder(target, "train") as temporary:
         save_file(_own_memory(state["weights"]), temporary / "weights.safetensors")
         save_file(_own_memory(state["moments"]), temporary / "optimizer.safetensors")
         if average is not None:
             save_file(_own_memory(average), temporary / "average.safetensors")
-        content = {"step": step, "groups": state["groups"], **extra}
+        sums = {path.name: file_sum(path) for path in sorted(temporary.glob("*.safetensors"))}
+        content = {"step": step, "groups": state["groups"], "sha256": sums, **extra}
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    prune(folder, step, keep)
     return target
+
+
+def prune(folder: Path, step: int, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints of at most `step` steps; later ones are written again."""
+    for old in [path for path in checkpoints(folder) if path.name <= _name(step)][:-keep]:
+        shutil.rmtree(old)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:07d}"
 
 
 def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -76,12 +88,38 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
+def read_state(path: Path) -> dict[str, Any]:
+    """Content of the state.json of a checkpoint; raises ValueError if one of its files is damaged or missing."""
+    try:
+        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, wanted in content["sha256"].items():
+            if file_sum(path / name) != wanted:
+                raise ValueError(f"{name} is not what was written")
+        return {**content, "step": int(content["step"])}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; None if there is none at all, ValueError if all are damaged."""
+    paths = checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            read_state(path)
+            return path
+        except ValueError as error:
+            say(f"{error}; going back to the checkpoint before it")
+    if paths:
+        raise ValueError(f"every checkpoint in {folder} is damaged; delete that folder to start the run again")
+    return None
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Loads weights and optimiser state; returns the content of state.json.
 
-    Raises ValueError, and changes nothing, when it is the checkpoint of another model.
+    Raises ValueError, and changes nothing, when it is damaged or the checkpoint of another model.
     """
-    weights = load_file(path / "weights.safetensors")
+    content, weights = read_state(path), load_file(path / "weights.safetensors")
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     expected = {name.removeprefix("module."): shape for name, shape in expected.items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
@@ -91,7 +129,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{path} is the checkpoint of another model: {len(names)} weights differ, the first is {names[0]} "
             f"({found.get(names[0])} there, {expected.get(names[0])} here); use that run's options or another --out"
         )
-    content = json.loads((path / "state.json").read_text(encoding="utf-8"))
     set_model_state_dict(model, weights, options=_WHOLE)
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(path / "optimizer.safetensors").items():

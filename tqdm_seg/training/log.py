@@ -2,15 +2,17 @@
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..data.files import write_file
+from ..data.files import named_when_full, write_file
 from .options import TrainOptions
 
 
@@ -73,24 +75,53 @@ class StopSignal:
         return bool(accelerator.reduce(torch.tensor(float(self.came), device=accelerator.device)) > 0)
 
 
+def read_log(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The lines of a log.jsonl, and how many were no line of a log: a kill or a full disk may tear the last one."""
+    lines, torn = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            torn += 1
+    return lines, torn
+
+
+def append_line(path: Path, text: str) -> None:
+    """Adds a line to a file; when that fails, such as on a full disk, the file is as before."""
+    with named_when_full(path), path.open("ab", buffering=0) as file:
+        size, left = file.seek(0, os.SEEK_END), memoryview(f"{text}\n".encode())
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 class Log:
     """log.jsonl and the tracker, written by the first process."""
 
     def __init__(self, accelerator: Accelerator, options: TrainOptions, first_step: int):
         self.accelerator, self.path = accelerator, options.out / "log.jsonl"
         if accelerator.is_main_process:
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            kept = [line for line in lines if json.loads(line)["step"] <= first_step]  # later steps are repeated
-            write_file(self.path, "".join(kept).encode())
+            lines, torn = read_log(self.path)
+            if torn:
+                print(f"{self.path}: {torn} torn line(s) left out; the steps since the last checkpoint are repeated")
+            # Later steps are repeated, and so is the last evaluation, which follows the last checkpoint.
+            kept = [
+                line for line in lines
+                if line["step"] <= first_step and not ("miou" in line and line["step"] == options.steps)
+            ]  # fmt: skip
+            write_file(self.path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         simple = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(options).items()}
         accelerator.init_trackers("tqdm", config=simple)
 
-    def write(self, step: int, **values: float) -> None:
+    def write(self, step: int, **values: float | None) -> None:
         """One line."""
-        self.accelerator.log(values, step=step)
         if self.accelerator.is_main_process:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+            append_line(self.path, json.dumps({"step": step, **values}))
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
 
     def images(self, step: int, drawings: dict[str, np.ndarray]) -> None:
         """Sends images (H, W, 3) by name to the trackers that show images."""

@@ -1,6 +1,7 @@
 """Options of `train` and `ablate`. Defaults are the quick start's; the published settings' values are in the help."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ EXAMPLE = "orfd_mini"
 FREE_OPTIONS = (
     "out", "resume", "dry_run", "workers", "log_every", "save_every_steps", "eval_every_steps", "keep", "overlays",
     "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
-    "channels_last",
+    "channels_last", "data", "eval_data", "model", "precision",
 )  # fmt: skip
 
 # Numbers that must be above 0; all others may be 0.
@@ -166,6 +167,10 @@ class TrainOptions:
             lowest_is_zero = name not in _POSITIVE
             if isinstance(value, int | float) and (value < 0 or (value == 0 and not lowest_is_zero)):
                 raise ValueError(f"{_flag(name)} {value} must be {'0 or more' if lowest_is_zero else 'above 0'}")
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{_flag(name)} {value} is no finite number")
+        if self.min_lr > self.lr:
+            raise ValueError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; it is where the rate ends")
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema} must be below 1, such as 0.999")
         if self.push_to_hub is not None:

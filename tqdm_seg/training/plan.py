@@ -1,8 +1,10 @@
 """What a run will do: its options on disk, the plan of a dry run, and whether a run can be resumed."""
 
 import dataclasses
+import importlib.metadata
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -11,33 +13,82 @@ from torch import Tensor, nn
 
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import write_file
-from .options import FREE_OPTIONS, TrainOptions
+from .. import __version__
+from ..data.files import check_out_folder, claim_folder, read_json, write_file
+from ..data.frames import FrameDataset, PlainRows
+from ..deploy.folder import identity
+from ..evaluation.groups import flatten
+from .options import FREE_OPTIONS, PRESETS, TrainOptions
 from .teacher import Teacher
 
-
-def write_options(options: TrainOptions, processes: int) -> None:
-    """Makes the run folder with its args.json: all options, and the images of a step."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    write_file(options.out / "args.json", (json.dumps(_facts(options, processes), indent=2) + "\n").encode())
+ARGS = "args.json"
+# Libraries whose versions decide the last digits of a run.
+_LIBRARIES = ("tqdm-seg", "torch", "transformers", "accelerate", "numpy", "opencv-python-headless")
 
 
-def check_resumable(options: TrainOptions, processes: int) -> None:
-    """Raises ValueError when options of the run in --out changed that may not change."""
-    old = json.loads((options.out / "args.json").read_text(encoding="utf-8"))
-    now = _facts(options, processes)
-    changed = [name for name in now if name not in FREE_OPTIONS and old.get(name) != now[name]]
-    if changed:
-        words = "; ".join(f"{name} was {old.get(name)}, now {now[name]}" for name in changed)
-        raise ValueError(
-            f"cannot resume {options.out}: options changed ({words}); repeat its options, or choose another --out"
-        )
+def check_folder(out: Path, resume: bool) -> None:
+    """Raises OSError when the folder holds a run and --resume is not given, or files that are none of the run's."""
+    if (out / ARGS).is_file() and not resume:
+        raise FileExistsError(f"{out} holds a run; add --resume to continue it, or choose another --out")
+    check_out_folder(out, "train")
+    for part in ("model", "best", "overlays"):
+        check_out_folder(out / part, "train", whole=True)
 
 
-def _facts(options: TrainOptions, processes: int) -> dict[str, Any]:
-    """The options as JSON stores them."""
-    facts = dataclasses.asdict(options) | {"images_per_step": images_per_step(options, processes)}
+def run_facts(
+    options: TrainOptions, precision: str, processes: int, data: dict[str, FrameDataset | PlainRows]
+) -> dict[str, Any]:
+    """What args.json holds: the options, and what the run is by content, wherever data and start model lie.
+
+    precision: the effective one. data: by the name of its part.
+    """
+    preset = options.model in PRESETS
+    facts = dataclasses.asdict(options) | {
+        "images_per_step": images_per_step(options, processes),
+        "identity": {
+            "precision": precision,
+            "start model": options.model if preset else identity(Path(options.model))["sha256"],
+            **{part: _content(frames) for part, frames in data.items()},
+        },
+        "versions": {name: _version(name) for name in _LIBRARIES},
+    }
     return json.loads(json.dumps(facts, default=str))
+
+
+def _content(frames: FrameDataset | PlainRows) -> str:
+    """The frames by their index, which holds a checksum of every file; without an index by their place."""
+    return frames.source if isinstance(frames, PlainRows) else frames.index.manifest["index_sha256"]
+
+
+def _version(name: str) -> str:
+    if name == "tqdm-seg":
+        return __version__
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def write_facts(out: Path, facts: dict[str, Any]) -> None:
+    """Makes the run folder with its args.json."""
+    claim_folder(out, "train")
+    write_file(out / ARGS, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+def check_resumable(out: Path, now: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Raises ValueError when options or contents of the run in `out` changed that may not; says changed versions."""
+    old = flatten(read_json(out / ARGS, fix="copy it again, or choose another --out"))
+    versions, changed = [], []
+    for name, value in flatten(now).items():
+        if name not in FREE_OPTIONS and old.get(name) != value:
+            words = f"{name.removeprefix('identity.')} was {old.get(name)}, now {value}"
+            (versions if name.startswith("versions.") else changed).append(words)
+    if changed:
+        raise ValueError(
+            f"cannot resume {out}: {'; '.join(changed[:3])}; repeat what the run began with, or choose another --out"
+        )
+    if versions:
+        say(f"other versions than at the start: {'; '.join(versions)}: the last digits may differ")
 
 
 def images_per_step(options: TrainOptions, processes: int) -> int:

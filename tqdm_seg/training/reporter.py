@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -38,35 +39,53 @@ class Reporter:
     log: Log
     whole: TqdmForSemanticSegmentation = field(init=False)  # `trained`, gathered if it is sharded
 
-    def evaluate(self, step: int) -> None:
-        """During a run: logs the score, shows some frames, keeps the model if it is the best so far."""
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Logs the score, shows some frames, keeps the model if it is the best so far; returns the results."""
         mode = self.trained.training
         results = self.score()
         self.log.write(step, miou=results["miou"])
         if self.accelerator.is_main_process:
-            self.log.images(step, {name: np.asarray(drawing) for name, drawing in self.drawings(results)})
-            best, kept = self.options.out / "best", -1.0
-            if (best / "results.json").is_file():
-                kept = json.loads((best / "results.json").read_text(encoding="utf-8"))["miou"] or kept
-            if (results["miou"] or 0) > kept:
+            if self.accelerator.trackers:
+                self.log.images(step, {name: np.asarray(drawing) for name, drawing in self.drawings(results)})
+            best, kept = self.options.out / "best", self.kept()
+            # A best model of a later step is of the time before an interruption, and this run makes it again.
+            if self.options.eval_every_steps and not (kept["step"] <= step and kept["miou"] >= (results["miou"] or 0)):
                 self.write_model(best, results | {"step": step})
         self.whole.train(mode)
         self.accelerator.wait_for_everyone()
+        return results
+
+    def kept(self) -> dict[str, Any]:
+        """ "miou" and "step" of the model in best/; -1 if there is none."""
+        path = self.options.out / "best" / "results.json"
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            return {"miou": float(found["miou"] or 0), "step": int(found["step"])}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"miou": -1.0, "step": -1}
 
     def finish(self) -> dict[str, object]:
-        """In the end: results.json, model folder, overlays, and the push if one was asked for."""
-        out, results = self.options.out, self.score()
+        """In the end: the last evaluation, results.json, model folder, overlays, and the push if one was asked for."""
+        out, results = self.options.out, self.evaluate(self.options.steps)
         if self.accelerator.is_main_process:
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
             self.write_model(out / "model", results)
             with replace_folder(out / "overlays", "train") as folder:
                 for name, drawing in self.drawings(results):
                     drawing.save(folder / f"{name}.png")
-            frames = results["protocol"]["frames"]
-            print(f"mIoU {results['miou']} on {frames} held-back frames; model, results, overlays: {out}")
+            print(self.closing_text(results))
             if self.options.push_to_hub:
                 print(push_folder(out / "model", self.options.push_to_hub))
         return results
+
+    def closing_text(self, results: dict[str, Any]) -> str:
+        """What the run ends with: its score, and the folder to use."""
+        out, kept, last = self.options.out, self.kept(), results["miou"] or 0
+        text = f"mIoU {results['miou']} on {results['protocol']['frames']} held-back frames"
+        text += f". Model, results, overlays: {out}"
+        if kept["miou"] > last:
+            return f"{text}. Better: {out / 'best'}, mIoU {kept['miou']} after step {kept['step']}; use that"
+        return f"{text}. Use {out / 'model'}" + (", the best of the run" if self.options.eval_every_steps else "")
 
     def score(self) -> dict[str, object]:
         """Results of the held-back frames, each of which one process scores."""
