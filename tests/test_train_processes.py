@@ -139,3 +139,35 @@ def test_sigterm_saves_and_ends_well_and_the_run_goes_on_to_the_same_bits(fixed,
     finish([sys.executable, *options(str(stopped)), "--resume", "--save-every-steps", "30"])
     assert losses(stopped) == losses(whole)
     assert all(torch.equal(value, weights(whole, 30)[name]) for name, value in weights(stopped, 30).items())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A function that makes a file system of some bytes, or gives it more."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def resize(size: int) -> Path:
+        options = f"{'remount,' if os.path.ismount(folder) else ''}size={size}"
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if made.returncode:
+            pytest.skip(f"no tmpfs can be mounted here: {made.stderr.decode().strip()}")
+        return folder
+
+    yield resize
+    subprocess.run(["umount", folder], check=False)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.35, 0.6, 0.85])
+def test_a_full_disk_is_named_and_with_room_again_the_run_ends_with_the_same_bits(fixed, one, small_disk, share):
+    room = sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    out = small_disk(int(share * room)) / "run"
+    command = [sys.executable, HERE / "train_without_chance.py", *fixed, "--batch-size", "4", "--out", str(out)]
+    process = start(command)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1 and f"no space left on the disk of {out}" in output and "not foreseen" not in output
+    small_disk(3 * room)
+    finish([*command, *(["--resume"] if out.exists() else [])])
+    assert all(torch.equal(value, weights(one)[name]) for name, value in weights(out).items())
+    assert losses(out) == losses(one)
+    assert not [path for path in out.rglob(".*")]

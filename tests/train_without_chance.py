@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 
 from tqdm_seg import modeling_tqdm
-from tqdm_seg.program import parse
+from tqdm_seg.program import parse, run
 from tqdm_seg.train import train
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
 from tqdm_seg.training.options import TrainOptions
@@ -38,5 +38,13 @@ def save_or_die(tensors: dict[str, torch.Tensor], path: Path) -> None:
 saved: list[Path] = []
 original, checkpoint_tqdm.save_file = checkpoint_tqdm.save_file, save_or_die
 modeling_tqdm.choose_points = grid
-results = train.__wrapped__(parse(TrainOptions, "", sys.argv[1:]))
-print(f"processes: {PartialState().num_processes}, results: {bool(results)}")
+options = parse(TrainOptions, "", sys.argv[1:])
+
+
+def work() -> None:
+    """Trains, and says how."""
+    results = train.__wrapped__(options)
+    print(f"processes: {PartialState().num_processes}, results: {bool(results)}")
+
+
+sys.exit(run(work))
