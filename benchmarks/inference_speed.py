@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from measure import Builder, Settings, Work, choose, main, measure, parts_table, write_results
+from measure import Builder, Settings, Work, choose, main, measure, random_images, write_results
 from other_models import OTHER_MODELS, build_other
-from published import INFERENCE_SECONDS, PublishedOrder
+from published import PublishedOrder, random_model
 from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
@@ -46,44 +46,31 @@ BASELINES = ["published-order", "mask2former-swin-b"]
 class InferenceSettings(Settings):
     """Options."""
 
-    preset: str = option("clip_vit_b16", choices=sorted(PRESETS), help="of our model (default: %(default)s)")
+    preset: str = option("clip_vit_b16", choices=sorted(PRESETS), help="of our model")
     size: tuple[tuple[int, int], ...] = option(
         ((512, 512), (1024, 2048)), nargs="+", type=size, metavar="HxW", help="images (default: 512x512 1024x2048)"
     )
     precision: Literal["fp32", "bf16", "both"] = option(
-        "fp32", help="of the other models; Mask2Former Swin-B always runs in bf16 too (default: %(default)s)"
+        "fp32", help="of the other models; Mask2Former Swin-B always runs in bf16 too"
     )
 
 
-OURS = (
-    "ours-plain", "ours-exact", "ours-compiled", "ours-bf16", "ours-compiled-bf16", "ours-int8", "ours-exported",
-    "ours-no-overlap", "ours-no-overlap-bf16", "ours-whole-image", "ours-whole-image-bf16",
-)  # fmt: skip
-
-
-def random_image(shape: tuple[int, int], device: torch.device, number: int) -> Tensor:
-    """pixel_values (1, 3, H, W), the same for the same number."""
-    return torch.randn(1, 3, *shape, generator=torch.Generator().manual_seed(number)).to(device)
-
-
-def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentation:
-    """The model of a preset with the same random weights every time."""
-    torch.manual_seed(0)
-    model = TqdmForSemanticSegmentation(TqdmConfig.from_preset(preset)).eval().to(device)
-    return model.requires_grad_(False)  # in inference mode the counter of operations fails on others
-
-
 def build_published(preset: str, shape: tuple[int, int], device: torch.device) -> Work:
-    """The published order of work; its parts are those of one window."""
+    """The published order of work."""
     order = PublishedOrder(random_model(preset, device))
-    side, inputs = order.model.config.window_size, partial(random_image, shape, device)
     notes = "" if device.type == "cpu" else "samples by grid_sample; the published code has a compiled kernel"
-    return Work(order, inputs, numbers=order.scores, parts=lambda x: order.parts(x[..., :side, :side]), notes=notes)
+    return Work(order, partial(random_images, count=1, size=shape, device=device), numbers=order.scores, notes=notes)
 
 
-def ready_model(name: str, preset: str, precision: str, device: torch.device) -> TqdmForSemanticSegmentation:
-    """Our model, made ready to predict as its name says."""
-    model = ready_to_predict(random_model(preset, device), precision, "compiled" in name)
+def precision_of(name: str) -> str:
+    """What the name of a variant says."""
+    return next((part for part in ("bf16", "int8") if part in name), "fp32")
+
+
+def make_ready(model: TqdmForSemanticSegmentation, name: str) -> TqdmForSemanticSegmentation:
+    """Makes our model ready to predict, in place, as the name of a variant says."""
+    if name != "ours-plain":
+        ready_to_predict(model, precision_of(name), "compiled" in name)
     if "no-overlap" in name:
         model.config.window_stride = model.config.window_size
     if "whole-image" in name:
@@ -92,13 +79,12 @@ def ready_model(name: str, preset: str, precision: str, device: torch.device) ->
 
 
 def build_ours(name: str, preset: str, shape: tuple[int, int], device: torch.device) -> Work:
-    """One of `OURS`."""
-    inputs = partial(random_image, shape, device)
+    """Our model as the name says."""
+    inputs = partial(random_images, count=1, size=shape, device=device)
+    precision, notes = precision_of(name), ""
+    model, dtype = make_ready(random_model(preset, device), name), DTYPES[precision]
     if name == "ours-plain":
-        model = random_model(preset, device)
         return Work(lambda image: model.segment(image).argmax(1), inputs, numbers=model.segment)
-    precision = next((part for part in ("bf16", "int8") if part in name), "fp32")
-    model, dtype, notes = ready_model(name, preset, precision, device), DTYPES[precision], ""
     if precision == "int8":
         dtype, notes = torch.int8, "8 bits in the vision tower only; utilisation is of 8-bit products all the same"
     if name == "ours-exported":
@@ -110,26 +96,22 @@ def build_ours(name: str, preset: str, shape: tuple[int, int], device: torch.dev
 
     def counted() -> Callable[[Tensor], Tensor]:
         """In eager float32, as the counter cannot look into the others."""
-        return ready_model(name.replace("compiled", "exact"), preset, "fp32", device).segment_labels
+        return make_ready(random_model(preset, device), "ours-exact").segment_labels
 
     hidden = precision == "int8" or "compiled" in name or name == "ours-exported"
     return Work(model.segment_labels, inputs, dtype, model.segment, counted if hidden else None, notes=notes)
 
 
 def all_variants(settings: InferenceSettings, shape: tuple[int, int]) -> dict[str, Builder]:
-    """Everything that runs at this size on this device."""
-    preset, on_cpu = settings.preset, settings.torch_device.type == "cpu"
-    window = TqdmConfig.from_preset(preset).window_size
+    """Everything that runs on this device, and at this size differs from the rest."""
+    preset, window = settings.preset, TqdmConfig.from_preset(settings.preset).window_size
+    ours = ["ours-plain", "ours-exact", "ours-compiled", "ours-bf16", "ours-compiled-bf16"]
+    if settings.torch_device.type == "cpu":
+        ours += ["ours-int8", "ours-exported"] if min(shape) >= window else ["ours-int8"]
+    if max(shape) > window:
+        ours += ["ours-no-overlap", "ours-no-overlap-bf16", "ours-whole-image", "ours-whole-image-bf16"]
     variants = {"published-order": partial(build_published, preset, shape)}
-    for name in OURS:
-        needs_cpu, needs_window = name in ("ours-int8", "ours-exported"), name == "ours-exported"
-        needs_more = "no-overlap" in name or "whole-image" in name  # else it is ours-exact
-        if (
-            (on_cpu or not needs_cpu)
-            and (min(shape) >= window or not needs_window)
-            and (max(shape) > window or not needs_more)
-        ):
-            variants[name] = partial(build_ours, name, preset, shape)
+    variants |= {name: partial(build_ours, name, preset, shape) for name in ours}
     for name in OTHER_MODELS:
         if settings.precision != "bf16":
             variants[name] = partial(build_other, name, shape, torch.float32)
@@ -142,19 +124,13 @@ def measure_inference(settings: InferenceSettings) -> int:
     """Measures at every size; returns the exit status."""
     plans = {shape: choose(all_variants(settings, shape), settings.only) for shape in settings.size}
     config, status = TqdmConfig.from_preset(settings.preset), 0
-    quoted = INFERENCE_SECONDS if settings.preset == "clip_vit_b16" else None
     for shape, variants in plans.items():
         results, words = measure(variants, settings), "x".join(map(str, shape))
-        remarks = (
-            "From a normalised image to class ids at the same size, without preprocessing; random weights. Our model "
-            f"and the published order slide windows of {config.window_size} every {config.window_stride} pixels; the "
-            "others run as their image processors ask for. Parts are those of one window.\n\n"
-        )
-        name = f"inference_{settings.preset}_{words}_{settings.torch_device.type}"
-        title = f"Inference: {settings.preset}, {words}, batch 1"
         status |= write_results(
-            settings, name, title, results, BASELINES, remarks + parts_table(results, quoted), preset=settings.preset
-        )
+            settings, f"inference_{settings.preset}_{words}_{settings.torch_device.type}",
+            f"Inference: {settings.preset}, {words}, batch 1", results, BASELINES, preset=settings.preset,
+            windows=f"of {config.window_size} every {config.window_stride} pixels; others as their processors ask for",
+        )  # fmt: skip
     return status
 
 

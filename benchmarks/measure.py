@@ -7,15 +7,17 @@
 
 Only one process computes at a time. After the warm-ups the variants take turns, so that other load on the machine hits
 all of them. Before each timed call the caches are overwritten and the rate of a large matrix product in the variant's
-precision is measured; the call gets inputs that no other call has.
+precision is measured; the call gets inputs that no other call has. Float32 is computed without TF32.
 
 seconds: median over the rounds; ratios are medians of the ratios within a round.
 memory: CPU: largest resident set during the timed calls less that after the imports, so weights count; GPU: the
     allocator's largest amount during the calls. None where the system does not tell.
-operations: of one call by torch's counter: two per multiply-add. `NOT_COUNTED` is left out.
+operations: of one call by torch's counter: two per multiply-add in products, convolutions and attention, nothing else.
 utilisation: operations / seconds / rate of the best matrix product in this process (a low rate would flatter).
 difference: largest absolute difference of its numbers from those of the first variant, on the same input.
-parts: seconds of the parts of a call, which wait for the device, so they are measured after the timed rounds.
+
+`python benchmarks/measure.py` puts the tables of all results into docs/speed.md, with a choice of columns; the .md
+files next to the results have all. `--check` writes nothing; exit status 1 if the page differs.
 """
 
 import ctypes
@@ -31,7 +33,6 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -45,15 +46,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from tqdm_seg.data.files import write_file
+from tqdm_seg.deploy.predict import choose_device
+from tqdm_seg.deploy.speed import set_float32_arithmetic, use_huge_pages
 from tqdm_seg.program import names, option, parse, run
 
-NOT_COUNTED = (
-    "grid_sample, gather and embedding_bag, interpolation, normalisation, softmax, activations and all other "
-    "element-wise work"
-)
 FLUSH_BYTES = 256 * 2**20  # several times any last-level cache
 RESULTS = Path(__file__).parent / "results"
-ENVIRONMENT = {"THP_MEM_ALLOC_ENABLE": "1"}  # huge pages, as predict and evaluate use them
+LEFT_OUT = ("least", "most", "GFLOP", "peak MB", "first call s")  # columns
+BEGIN, END = "<!-- tables: python benchmarks/measure.py -->", "<!-- end of the tables -->"
 CPU = torch.device("cpu")
 
 
@@ -64,7 +65,6 @@ class Work:
     inputs: number of the call -> its inputs on the device, the same for the same number. dtype: of its matrix products.
     numbers: inputs -> the tensor that is compared between variants. counted: makes the function of the inputs whose
     operations are counted, where the counter cannot look into `call` (compiled, quantised or exported code).
-    parts: inputs -> seconds of the parts of a call.
     """
 
     call: Callable[[Any], Any]
@@ -72,7 +72,6 @@ class Work:
     dtype: torch.dtype = torch.float32
     numbers: Callable[[Any], Tensor] | None = None
     counted: Callable[[], Callable[[Any], Any]] | None = None
-    parts: Callable[[Any], dict[str, float]] | None = None
     notes: str = ""
 
 
@@ -84,17 +83,16 @@ class Settings:
     """Options of every benchmark of variants."""
 
     only: tuple[str, ...] | None = option(None, type=names, metavar="A,B", help="run these variants (default: all)")
-    repeats: int = option(5, help="timed rounds (default: %(default)s)")
+    repeats: int = option(5, help="timed rounds")
     warm_ups: int | None = option(None, help="calls before them (default: 1 on a CPU, 5 on a GPU)")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", help="(default: %(default)s)")
-    threads: int = option(0, help="CPU threads; 0: torch's default (default: %(default)s)")
-    pause: float = option(0.2, help="seconds before a call, in which idle threads settle (default: %(default)s)")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", help="what computes")
+    threads: int = option(0, help="CPU threads; 0: torch's default")
+    pause: float = option(0.2, help="seconds before a call, in which idle threads settle")
     product_size: int | None = option(None, help="side of the matrix product (default: 2048 on a CPU, 8192 on a GPU)")
-    out: Path = option(RESULTS, help="folder of the results (default: %(default)s)")
+    out: Path = option(RESULTS, help="folder of the results")
 
     def __post_init__(self):
-        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else CPU
-        self.torch_device = accelerator if self.device == "auto" else torch.device(self.device)
+        self.torch_device = torch.device(choose_device(self.device))
         on_cpu = self.torch_device.type == "cpu"
         self.warm_ups = (1 if on_cpu else 5) if self.warm_ups is None else self.warm_ups
         self.product_size = self.product_size or (2048 if on_cpu else 8192)
@@ -116,7 +114,6 @@ class Result:
     dtype: str = ""
     build_seconds: float | None = None
     warm_up_seconds: list[float] = field(default_factory=list)
-    parts: dict[str, float] = field(default_factory=dict)
     notes: str = ""
     error: str | None = None
 
@@ -140,30 +137,13 @@ def choose(variants: dict[str, Builder], only: tuple[str, ...] | None) -> dict[s
 # ---- one call
 
 
-class Stopwatch:
-    """Seconds by part, waiting for the device after each."""
-
-    def __init__(self, device: torch.device = CPU):
-        self.device, self.seconds = device, {}
-        self.start = self.now()
-
-    def now(self) -> float:
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
-        return time.perf_counter()
-
-    def lap(self, part: str) -> None:
-        """Adds the time since the last lap to a part."""
-        end = self.now()
-        self.seconds[part] = self.seconds.get(part, 0) + end - self.start
-        self.start = end
-
-
 def seconds_of(call: Callable, *arguments: Any, device: torch.device = CPU) -> float:
-    """Wall-clock time of a call; its result is freed after the clock."""
-    watch, result = Stopwatch(device), call(*arguments)  # noqa: F841
-    watch.lap("call")
-    return watch.seconds["call"]
+    """Wall-clock time of a call until the device is done; its result is freed after the clock."""
+    wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    wait()
+    start, result = time.perf_counter(), call(*arguments)  # noqa: F841
+    wait()
+    return time.perf_counter() - start
 
 
 def take_turns(timers: dict[str, Callable[[], float]], rounds: int) -> list[Result]:
@@ -171,6 +151,11 @@ def take_turns(timers: dict[str, Callable[[], float]], rounds: int) -> list[Resu
     times = [[timer() for timer in timers.values()] for _ in range(rounds + 1)][1:]
     columns = dict(zip(timers, zip(*times, strict=True), strict=True))
     return [Result(name, statistics.median(column), list(column)) for name, column in columns.items()]
+
+
+def random_images(number: int, count: int, size: tuple[int, int], device: torch.device) -> Tensor:
+    """pixel_values (count, 3, H, W), the same for the same number."""
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(number)).to(device)
 
 
 def count_operations(call: Callable[[], Any]) -> int:
@@ -190,23 +175,26 @@ class Worker:
     """A variant inside its process."""
 
     def __init__(self, build: Builder, settings: Settings):
-        os.environ.update(ENVIRONMENT)  # read by torch at the first tensor
+        use_huge_pages()
+        set_float32_arithmetic("fp32")
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.builder, self.settings, self.device = build, settings, settings.torch_device
         self.base = psutil.Process().memory_info().rss
 
-    def build(self) -> dict[str, Any]:
-        """Builds the work, with the same random numbers for every variant; returns fields of the `Result`."""
+    def prepare(self) -> dict[str, Any]:
+        """Builds, with the same random numbers for every variant, and warms up; returns fields of the `Result`."""
         torch.manual_seed(0)
-        watch = Stopwatch(self.device)
+        start = time.perf_counter()
         self.work = self.builder(self.device)
-        watch.lap("build")
+        build_seconds = time.perf_counter() - start
         gc.collect()
         if sys.platform == "linux":
             getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)  # glibc: freed memory back to the system
-        dtype = str(self.work.dtype).removeprefix("torch.")
-        return {"build_seconds": watch.seconds["build"], "dtype": dtype, "notes": self.work.notes}
+        return {
+            "build_seconds": build_seconds, "dtype": str(self.work.dtype).removeprefix("torch."),
+            "notes": self.work.notes, "warm_up_seconds": [self.call(n)[0] for n in range(self.settings.warm_ups)],
+        }  # fmt: skip
 
     def call(self, number: int) -> tuple[float, int | None]:
         """Seconds and peak memory of one call."""
@@ -223,22 +211,22 @@ class Worker:
         peak = re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())
         return seconds, int(peak[1]) * 1024 - self.base
 
-    def rate(self) -> float:
-        """Operations per second of the better of two matrix products in the variant's precision."""
+    def turn(self, number: int) -> tuple[float, int | None, float]:
+        """Seconds and peak memory of a call, and the rate of the better of two matrix products before it."""
         size, dtype = self.settings.product_size, self.work.dtype
         factors, multiply = torch.randn(2, size, size, device=self.device).to(dtype), torch.mm
         if dtype == torch.int8:
             factors, multiply = torch.randint(-128, 128, factors.shape, dtype=dtype), torch._int_mm
-        return 2 * size**3 / min([seconds_of(multiply, *factors, device=self.device) for _ in range(3)][1:])
+        seconds = min([seconds_of(multiply, *factors, device=self.device) for _ in range(3)][1:])
+        time.sleep(self.settings.pause)
+        return *self.call(number), 2 * size**3 / seconds
 
-    def finish(self) -> dict[str, Any]:
-        """What is not timed: numbers, parts (medians over as many calls as were timed), operations of one call."""
-        work, repeats = self.work, range(self.settings.repeats + 1)
+    def finish(self) -> tuple[np.ndarray | None, int]:
+        """What is not timed: numbers, and operations of one call."""
+        work = self.work
         numbers = None if work.numbers is None else work.numbers(work.inputs(0)).float().cpu().numpy()
-        runs = [] if work.parts is None else [work.parts(work.inputs(number)) for number in repeats][1:]
-        parts = {part: statistics.median(run[part] for run in runs) for part in (runs[0] if runs else ())}
         call = work.call if work.counted is None else work.counted()
-        return {"numbers": numbers, "parts": parts, "operations": count_operations(lambda: call(work.inputs(0)))}
+        return numbers, count_operations(lambda: call(work.inputs(0)))
 
 
 def start_worker(build: Builder, settings: Settings) -> None:
@@ -247,57 +235,43 @@ def start_worker(build: Builder, settings: Settings) -> None:
     worker = Worker(build, settings)
 
 
-def ask_worker(method: str, *arguments: Any) -> tuple[Any, str | None]:
-    """(result, None) of a method or (None, traceback), which can always be pickled."""
-    try:
-        return getattr(worker, method)(*arguments), None
-    except Exception:
-        return None, traceback.format_exc()
+def ask_worker(method: str, *arguments: Any) -> Any:
+    """Calls a method of the worker in this process."""
+    return getattr(worker, method)(*arguments)
 
 
 class Runner:
     """This side of the process of a variant. After the first failure it answers None to everything."""
 
     def __init__(self, name: str, build: Builder, settings: Settings):
-        self.result, self.settings = Result(name), settings
+        self.result, self.turns = Result(name), []
         self.pool = ProcessPoolExecutor(1, get_context("spawn"), start_worker, (build, settings))
 
     def ask(self, method: str, *arguments: Any) -> Any:
-        if self.result.error is not None:
-            return None
-        try:
-            answer, self.result.error = self.pool.submit(ask_worker, method, *arguments).result()
-        except BrokenProcessPool:
-            answer, self.result.error = None, "its process ended abruptly; probably out of memory"
-        if self.result.error is not None:
-            print(f"{self.result.name} failed: {self.result.last_line}", file=sys.stderr, flush=True)
-        return answer
-
-    def prepare(self) -> None:
-        """Builds and warms up."""
-        vars(self.result).update(self.ask("build") or {})
-        calls = [self.ask("call", number) for number in range(self.settings.warm_ups)]
-        self.result.warm_up_seconds = [answer[0] for answer in calls if answer]
+        if self.result.error is None:
+            try:
+                return self.pool.submit(ask_worker, method, *arguments).result()
+            except Exception:
+                self.result.error = traceback.format_exc()
+                print(f"{self.result.name} failed: {self.result.last_line}", file=sys.stderr, flush=True)
+        return None
 
     def take_turn(self, number: int) -> None:
-        """The matrix product, a rest, the timed call."""
-        result, rate = self.result, self.ask("rate")
-        time.sleep(self.settings.pause)
-        if answer := self.ask("call", number):
-            seconds, peak = answer
-            result.rate = max(rate, result.rate or 0)
-            result.rounds.append(seconds)
-            result.memory = peak if peak is None else max(peak, result.memory or 0)
-            print(f"{result.name}: {seconds:.3f} s", flush=True)
+        """One timed call."""
+        if turn := self.ask("turn", number):
+            self.turns.append(turn)
+            print(f"{self.result.name}: {turn[0]:.3f} s", flush=True)
 
     def finish(self, wanted: np.ndarray | None) -> np.ndarray | None:
-        """What is not timed, and the summary; wanted: numbers of the first variant, which returns its own."""
+        """The summary; wanted: numbers of the first variant, which returns its own."""
         result, answer = self.result, self.ask("finish")
+        self.pool.shutdown()
         if answer is None:
             return wanted
-        numbers, result.parts, result.operations = answer["numbers"], answer["parts"], answer["operations"]
-        result.seconds = statistics.median(result.rounds)
-        result.utilisation = result.operations / result.seconds / result.rate if result.operations else None
+        (numbers, result.operations), (rounds, peaks, rates) = answer, zip(*self.turns, strict=True)
+        result.rounds, result.seconds, result.rate = list(rounds), statistics.median(rounds), max(rates)
+        result.memory = None if None in peaks else max(peaks)
+        result.utilisation = result.operations / result.seconds / result.rate or None
         if numbers is not None and wanted is None:
             result.span = (float(numbers.min()), float(numbers.max()))
         elif numbers is not None:
@@ -314,42 +288,36 @@ def measure(variants: dict[str, Builder], settings: Settings, in_turns: bool = T
     for group in [list(variants)] if in_turns else [[name] for name in variants]:
         runners = [Runner(name, variants[name], settings) for name in group]
         for runner in runners:
-            runner.prepare()
+            vars(runner.result).update(runner.ask("prepare") or {})
         for number in range(settings.warm_ups, settings.warm_ups + settings.repeats):
             for runner in runners:
                 runner.take_turn(number)
         for runner in runners:
             wanted = runner.finish(wanted)
-            runner.pool.shutdown()
-            results.append(runner.result)
+        results += [runner.result for runner in runners]
     return results
 
 
 # ---- results
 
 
-def speed_ratio(result: Result, other: Result) -> tuple[float, float, float] | None:
-    """How many times faster than the other: median, least and most of the rounds."""
+def speed_ratio(result: Result, other: Result) -> float | None:
+    """How many times faster than the other, the median of the rounds; None if one failed."""
     if result.seconds is None or other.seconds is None:
         return None
-    ratios = [theirs / mine for mine, theirs in zip(result.rounds, other.rounds, strict=True)]
-    return statistics.median(ratios), min(ratios), max(ratios)
+    return statistics.median(theirs / mine for mine, theirs in zip(result.rounds, other.rounds, strict=True))
 
 
 def run_facts(settings: Settings) -> dict[str, Any]:
     """Date, versions, machine, threads and command of this run."""
     gpu, cpuinfo = settings.torch_device.type == "cuda", Path("/proc/cpuinfo")
     processors = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    tf32 = {"products": torch.backends.cuda.matmul.allow_tf32, "convolutions": torch.backends.cudnn.allow_tf32}
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"), "command": shlex.join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name() if gpu else settings.torch_device.type,
         "processor": (processors or [platform.processor() or platform.machine()])[0], "cores": os.cpu_count(),
         "threads": settings.threads or torch.get_num_threads(), "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "tf32": ", ".join(use for use, allowed in tf32.items() if allowed and gpu) or "none",
-        "environment": ENVIRONMENT, "repeats": settings.repeats, "order": "in which the variants took turns",
-        "warm_ups": settings.warm_ups, "not_counted": NOT_COUNTED,
+        "transformers": version("transformers"), "repeats": settings.repeats, "warm_ups": settings.warm_ups,
     }  # fmt: skip
 
 
@@ -365,7 +333,7 @@ def cells(result: Result, baselines: list[Result]) -> dict[str, str]:
     figures = {
         "seconds": (result.seconds, ".3g"), "least": (min(rounds, default=None), ".3g"),
         "most": (max(rounds, default=None), ".3g"),
-        **{f"speed / {other.name}'s": ((speed_ratio(result, other) or [None])[0], ".2f") for other in baselines},
+        **{f"speed / {other.name}'s": (speed_ratio(result, other), ".2f") for other in baselines},
         "GFLOP": (result.operations and result.operations / 1e9, ".4g"), "utilisation": (result.utilisation, ".0%"),
         "peak MB": (result.memory and result.memory / 1e6, ".0f"),
         f"memory / {first.name}'s": (result.memory / first.memory if result.memory and first.memory else None, ".2f"),
@@ -386,63 +354,71 @@ def results_table(results: list[Result], baselines: list[str], leave_out: tuple[
     return markdown_table(header, [[row[key] for key in header] for row in rows])
 
 
-def parts_table(results: list[Result], quoted: dict[str, float] | None = None) -> str:
-    """Seconds and share of every part of a call. quoted: of the published code itself."""
-    rows, note = {result.name: result.parts for result in results if result.parts}, ""
-    if not rows:
-        return ""
-    parts = next(iter(rows.values()))
-    if quoted:
-        rows["published code (quoted)"] = quoted
-        note = "\n\nThe published code was measured once, on another machine, with torch 2.13 and 2 threads: quoted."
-    table = [
-        [name, *(f"{row[part]:.3g} ({row[part] / sum(row.values()):.0%})" if part in row else "–" for part in parts)]
-        for name, row in rows.items()
-    ]
-    return markdown_table(["seconds (share)", *parts], table) + note
-
-
-def page_of(title: str, results: list[Result], baselines: list[str], facts: dict[str, Any], remarks: str) -> str:
+def page_of(suite: dict[str, Any], results: list[Result]) -> str:
     """Title, table, facts and what is to be known of the variants."""
-    rates: dict[str, float] = {}
-    for result in results:
-        rates[result.dtype] = max(result.rate or 0, rates.get(result.dtype, 0))
-    products = ", ".join(f"{dtype} {rate / 1e9:.0f} GFLOP/s" for dtype, rate in rates.items() if rate)
     lines = [
-        f"# {title}",
-        results_table(results, baselines),
-        f"{facts['date']}, {facts['device']} ({facts['processor']}, {facts['threads']} of {facts['cores']} threads), "
-        f"torch {facts['torch']}, transformers {facts['transformers']}. Medians of {facts['repeats']} rounds, "
-        f"{facts['order']}, after {facts['warm_ups']} to warm up; ratios are medians over the rounds. "
-        f"Operations do not include {facts['not_counted']}. Matrix products: {products or 'not measured'}. "
-        f"TF32: {facts['tf32']}. For all: {' '.join(f'{k}={v}' for k, v in facts['environment'].items())}.",
-        f"`{facts['command']}`",
-        *(
-            f"Exact to: largest difference from {result.name}'s numbers, which lie between {result.span[0]:.3g} and "
-            f"{result.span[1]:.3g}."
-            for result in results
-            if result.span is not None
-        ),
+        f"# {suite['title']}",
+        results_table(results, suite["baselines"]),
+        "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in suite["facts"].items()),
+        *(f"Numbers of {r.name} are from {r.span[0]:.3g} to {r.span[1]:.3g}." for r in results if r.span),
         "\n".join(f"- {result.name}: {result.notes}" for result in results if result.notes),
         *(f"{result.name} failed:\n\n```\n{result.error}\n```" for result in results if result.error),
-        remarks,
     ]
-    return "\n\n".join(line for line in lines if line) + "\n"
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def write_pair(out: Path, name: str, content: dict[str, Any], page: str) -> None:
+    """OUT/NAME.json and OUT/NAME.md."""
+    write_file(out / f"{name}.json", (json.dumps(content, indent=1) + "\n").encode())
+    write_file(out / f"{name}.md", page.encode())
 
 
 def write_results(
-    settings: Settings,
-    name: str,
-    title: str,
-    results: list[Result],
-    baselines: list[str],
-    remarks: str = "",
-    **more: Any,
+    settings: Settings, name: str, title: str, results: list[Result], baselines: list[str], **more: Any
 ) -> int:
-    """OUT/NAME.json and OUT/NAME.md; more: facts. Returns the exit status: 1 if a variant failed."""
-    facts = run_facts(settings) | more
-    suite = {"title": title, "baselines": baselines, "facts": facts, "variants": [asdict(result) for result in results]}
-    settings.out.mkdir(parents=True, exist_ok=True)
-    (settings.out / f"{name}.json").write_text(json.dumps(suite, indent=1) + "\n", encoding="utf-8")
-    (settings.out / f"{name}.md").write_text(page_of(title, results, baselines, facts, remarks), encoding="utf-8")
+    """Writes JSON and page; more: facts. Returns the exit status: 1 if a variant failed."""
+    suite = {"title": title, "baselines": baselines, "facts": run_facts(settings) | more}
+    suite["variants"] = [asdict(result) for result in results]
+    write_pair(settings.out, name, suite, page_of(suite, results))
     return int(any(result.error is not None for result in results))
+
+
+# ---- docs/speed.md
+
+
+@dataclass(kw_only=True)
+class TableSettings:
+    """Options."""
+
+    check: bool = option(False, help="compare only")
+    results: Path = option(RESULTS, help="folder of the results")
+    page: Path = option(Path(__file__).parents[1] / "docs" / "speed.md", help="with the markers")
+
+
+def suite_table(suite: dict[str, Any]) -> str:
+    """A caption and a table."""
+    facts, results = suite["facts"], [Result(**variant) for variant in suite["variants"]]
+    machine = f"{facts['device']} ({facts['threads']} threads), torch {facts['torch']}, medians of {facts['repeats']}"
+    return f"{suite['title']}, {machine}:\n\n{results_table(results, suite['baselines'], LEFT_OUT)}"
+
+
+def write_tables(settings: TableSettings) -> int:
+    """Writes or compares; returns the exit status. Raises ValueError if the page has no place for the tables."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(settings.results.glob("*.json"))]
+    tables = [suite_table(suite) for suite in files if "variants" in suite]
+    changes = settings.results / "mode_changes.md"  # what a mode costs in accuracy
+    if changes.is_file():
+        tables.append(changes.read_text(encoding="utf-8").removeprefix("# ").strip())
+    before, filled = settings.page.read_text(encoding="utf-8"), "\n".join([BEGIN, "\n\n".join(tables), END])
+    after, places = re.subn(f"{BEGIN}.*{END}", lambda _: filled, before, flags=re.DOTALL)
+    if not places:
+        raise ValueError(f"{settings.page} has no place for the tables; add the lines {BEGIN!r} and {END!r}")
+    if settings.check and before != after:
+        print(f"{settings.page} differs from the results in {settings.results}; run python benchmarks/measure.py")
+        return 1
+    settings.page.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    main(write_tables, TableSettings, __doc__)

@@ -8,9 +8,7 @@ window each), and the share of pixels with another class than in plain float32, 
 (three of the drive it was trained on, 1280x720, five of another domain, 1164x874).
 """
 
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,69 +17,56 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 import torch
-from measure import RESULTS, Settings, main, markdown_table, run_facts
+from accelerate import Accelerator
+from inference_speed import make_ready
+from measure import RESULTS, Settings, main, markdown_table, run_facts, write_pair
 from parity import PACKS, Pack
 from PIL import Image
 
 from tqdm_seg.data.frames import FrameDataset
-from tqdm_seg.data.label_maps import IGNORE_INDEX
 from tqdm_seg.deploy.folder import load_model
-from tqdm_seg.deploy.speed import ready_to_predict
-from tqdm_seg.evaluation.metrics import confusion_matrix, scores
+from tqdm_seg.evaluation.evaluate import score_frames
 from tqdm_seg.evaluation.protocol import Protocol, predict
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.program import option
 
 ROOT = Path(__file__).parents[1]
-Change = Callable[[TqdmForSemanticSegmentation], object]
 IMAGES = ("examples/frames/validation/*/image_data/*.png", "examples/comma10k/images/test/*.png")
-
-
-def without_overlap(model: TqdmForSemanticSegmentation) -> None:
-    """The stride becomes the window."""
-    ready_to_predict(model)
-    model.config.window_stride = model.config.window_size
-
-
-def whole_images(model: TqdmForSemanticSegmentation) -> None:
-    """No windows."""
-    ready_to_predict(model)
-    model.config.window_size = None
-
-
-MODES: dict[str, Change] = {
-    "float32, as loaded": lambda model: None,
-    "float32, texts stored, layers folded": ready_to_predict,
-    "bfloat16": lambda model: ready_to_predict(model, "bf16"),
-    "int8 (vision tower)": lambda model: ready_to_predict(model, "int8"),
-    "windows without overlap": without_overlap,
-    "whole images": whole_images,
+MODES = {  # variants of inference_speed.py
+    "float32, as loaded": "ours-plain",
+    "float32, texts stored, layers folded": "ours-exact",
+    "bfloat16": "ours-bf16",
+    "int8 (vision tower)": "ours-int8",
+    "windows without overlap": "ours-no-overlap",
+    "whole images": "ours-whole-image",
 }
-HEADER = [
-    "mode", "packs: largest difference of a score", "packs: pixels of another class", "trained model: mIoU",
-    "trained model: pixels of another class",
-]  # fmt: skip
+COLUMNS = {
+    "pack_difference": ("packs: largest difference of a score", ".1e"),
+    "pack_pixels_changed": ("packs: pixels of another class", ".3%"),
+    "miou": ("trained model: mIoU", ".2%"),
+    "pixels_changed": ("trained model: pixels of another class", ".3%"),
+}
 
 
 @dataclass(kw_only=True)
 class ModeSettings:
     """Options."""
 
-    model: Path = option(ROOT / "runs" / "quickstart" / "model", help="(default: %(default)s)")
+    model: Path = option(ROOT / "runs" / "quickstart" / "model", help="trained by the quick start")
     only: tuple[str, ...] = option(tuple(MODES), nargs="+", choices=list(MODES), help="modes (default: all)")
-    out: Path = option(RESULTS, help="for mode_changes.json and .md (default: %(default)s)")
+    out: Path = option(RESULTS, help="for mode_changes.json and .md")
 
 
 @torch.inference_mode()
-def changes_on_packs(change: Change) -> dict[str, float]:
+def changes_on_packs(variant: str) -> dict[str, float]:
     """Over all packs: largest difference from the published scores, share of pixels with another class than before."""
     difference, changed, pixels = 0.0, 0, 0
     for folder in sorted(path.parent for path in PACKS.glob("*/config.json")):
         pack = Pack(folder)
         model, image = pack.model(), pack.golden["eval_native/image"]
         before = model.segment_labels(image)
-        change(model)
+        make_ready(model, variant)
         ours = model.segment(image.to(model.dtype))
         difference = max(difference, pack.compare("eval_native/semantic", ours, 0.0).absolute)
         changed += (ours.argmax(1) != before).sum().item()
@@ -96,18 +81,13 @@ def class_ids(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor,
 
 def held_back_score(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor) -> float:
     """mIoU on the held-back frames of the quick start."""
-    classes = model.config.num_labels
-    matrix = torch.zeros(classes, classes + 1, dtype=torch.int64)
-    for frame in FrameDataset(str(ROOT / "examples" / "orfd_mini"), "validation"):
-        ids = class_ids(model, processor, frame.image)
-        matrix += confusion_matrix(ids, torch.tensor(frame.labels), classes, IGNORE_INDEX)
-    return scores(matrix, model.config.class_names)["miou"]
+    frames = FrameDataset(str(ROOT / "examples" / "orfd_mini"), "validation")
+    return score_frames(model, processor, frames, {}, Accelerator(cpu=True))["miou"]
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
     """A mode in the table."""
-    pack = [f"{row['pack_difference']:.1e}", f"{row['pack_pixels_changed']:.3%}"]
-    return [row["mode"], *pack, f"{row['miou']:.2%}", f"{row['pixels_changed']:.3%}"]
+    return [row["mode"], *(format(row[key], form) for key, (_, form) in COLUMNS.items())]
 
 
 def measure_modes(settings: ModeSettings) -> None:
@@ -115,21 +95,20 @@ def measure_modes(settings: ModeSettings) -> None:
     rows, plain = [], None
     paths = [path for pattern in IMAGES for path in sorted(ROOT.glob(pattern))]
     for name in settings.only:
-        model, processor = load_model(settings.model)
-        MODES[name](model)
+        variant, (model, processor) = MODES[name], load_model(settings.model)
+        make_ready(model, variant)
         labels = [class_ids(model, processor, np.asarray(Image.open(path).convert("RGB"))) for path in paths]
         plain = plain or labels
         changed = sum(int((ours != first).sum()) for ours, first in zip(labels, plain, strict=True))
         rows.append({
-            "mode": name, **changes_on_packs(MODES[name]), "miou": held_back_score(model, processor),
+            "mode": name, **changes_on_packs(variant), "miou": held_back_score(model, processor),
             "pixels_changed": changed / sum(ids.numel() for ids in plain),
         })  # fmt: skip
         print(" | ".join(row_cells(rows[-1])), flush=True)
-    settings.out.mkdir(parents=True, exist_ok=True)
+    header = ["mode", *(title for title, _ in COLUMNS.values())]
+    page = f"# What the faster modes change\n\n{markdown_table(header, [row_cells(row) for row in rows])}\n"
     content = {"facts": run_facts(Settings(device="cpu")), "rows": rows}
-    (settings.out / "mode_changes.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    page = f"# What the faster modes change\n\n{markdown_table(HEADER, [row_cells(row) for row in rows])}\n"
-    (settings.out / "mode_changes.md").write_text(page, encoding="utf-8")
+    write_pair(settings.out, "mode_changes", content, page)
 
 
 if __name__ == "__main__":

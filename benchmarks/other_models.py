@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import transformers as hf
-from measure import Work
+from measure import Work, random_images
 from torch import Tensor, nn
 from transformers.models.eomt import modeling_eomt
 from transformers.models.mask2former import modeling_mask2former
@@ -45,7 +45,7 @@ def build_other(name: str, size: tuple[int, int], dtype: torch.dtype, device: to
     model.eval().requires_grad_(False).to(device, dtype)
 
     def inputs(number: int) -> Tensor:
-        images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(number)).to(device, dtype)
+        images = random_images(number, 1, size, device).to(dtype)
         if offsets is None:
             return images
         along = 1 if size[0] > size[1] else 2

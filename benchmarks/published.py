@@ -19,15 +19,14 @@ import copy
 from typing import Any
 
 import torch
-from measure import Stopwatch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.loss_tqdm import (
     LossCounts,
     choose_points,
     class_loss,
-    count_losses,
     dice_loss,
     mask_loss,
     sample_logits,
@@ -35,15 +34,15 @@ from tqdm_seg.loss_tqdm import (
     visual_loss,
 )
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+from tqdm_seg.train import batch_counts
 from tqdm_seg.windows_tqdm import window_corners
 
-# Seconds of the published code itself, CLIP ViT-B/16, 512x512, batch 1, float32: measured once on another machine with
-# torch 2.13 and 2 threads, training without optimiser. Only the shares compare.
-INFERENCE_SECONDS = {
-    "backbone": 1.927, "text encoder": 0.135, "context decoder": 0.014, "pixel decoder": 1.811, "mask decoder": 0.147,
-    "rest": 0.157,
-}  # fmt: skip
-TRAINING_SECONDS = {"forward and losses": 6.837, "backward": 9.386}
+
+def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentation:
+    """The model of a preset, frozen and in eval mode, with the same random weights every time."""
+    torch.manual_seed(0)
+    model = TqdmForSemanticSegmentation(TqdmConfig.from_preset(preset)).eval().to(device)
+    return model.requires_grad_(False)  # in inference mode the counter of operations fails on others
 
 
 class PublishedOrder:
@@ -71,22 +70,6 @@ class PublishedOrder:
         """pixel_values (B, 3, H, W) -> class ids (B, H, W)."""
         return self.scores(pixel_values).softmax(1).argmax(1)
 
-    def parts(self, pixel_values: Tensor) -> dict[str, float]:
-        """Seconds of the modules in one call, and of the rest."""
-        model, watch = self.model.model, Stopwatch(pixel_values.device)
-        modules = {
-            "backbone": model.vision_tower, "text encoder": model.text_queries.text_tower,
-            "context decoder": model.text_queries.context_decoder, "pixel decoder": model.pixel_decoder,
-            "mask decoder": model.mask_decoder,
-        }  # fmt: skip
-        hooks = [module.register_forward_pre_hook(lambda *_: watch.lap("rest")) for module in modules.values()]
-        hooks += [m.register_forward_hook(lambda *_, part=part: watch.lap(part)) for part, m in modules.items()]
-        self(pixel_values)
-        watch.lap("rest")
-        for hook in hooks:
-            hook.remove()
-        return {part: watch.seconds[part] for part in INFERENCE_SECONDS}
-
 
 def normalise_after_every_layer(model: TqdmForSemanticSegmentation) -> None:
     """The pixel decoder computes its last norm after every layer, for nothing."""
@@ -103,15 +86,6 @@ def full_size_masks(labels: Tensor, mask_index: Tensor) -> list[tuple[Tensor, Te
     """Classes (n) and 0/1 masks (n, H, W) of every image of labels (B, H, W), as published."""
     classes = [mask_index[mask_index[:, 0] == image, 1] for image in range(len(labels))]
     return [(c, (image == c[:, None, None]).to(torch.uint8)) for image, c in zip(labels, classes, strict=True)]
-
-
-def loss_counts(batch: dict[str, Any], model: TqdmForSemanticSegmentation) -> LossCounts:
-    """What the losses of this batch are divided by."""
-    config = model.config
-    return count_losses(
-        batch["mask_index"], batch["labels"], config.num_labels, config.no_object_weight, config.score_map_loss_over,
-        config.ignore_index,
-    )  # fmt: skip
 
 
 class PublishedTraining:
@@ -136,13 +110,12 @@ class PublishedTraining:
         """
         config, labels = self.config, batch["labels"]
         outputs = self.model.model(batch["pixel_values"], all_layers=True)
-        counts = loss_counts(batch, self.model)
+        counts = batch_counts(batch, self.model)
         terms, last = {}, outputs.class_logits.shape[1] - 1
         for layer in range(last + 1):
-            values = self.layer_losses(
-                outputs.class_logits[:, layer], outputs.mask_logits[:, layer], batch, counts,
-                None if points is None else points[layer],
-            )  # fmt: skip
+            chosen = None if points is None else points[layer]
+            logits = outputs.class_logits[:, layer], outputs.mask_logits[:, layer]
+            values = self.layer_losses(*logits, batch, counts, chosen)
             terms |= {name if layer == last else f"{name}_{layer}": value for name, value in values.items()}
         terms["loss_textual"] = config.textual_loss_weight * textual_loss(outputs.text_embeddings, self.teacher_text)
         terms["loss_visual"] = config.visual_loss_weight * visual_loss(outputs.image_embedding, teacher)

@@ -3,7 +3,7 @@
     python benchmarks/training_speed.py [--preset clip_vit_b16] [--size 512x512] [--batch-size 1] [--compile inductor]
 
 A step is: teacher, forward pass and losses, backward pass, AdamW. Images and labels are random, new for every step and
-already on the device (loader_speed.py measures the loader); weights are random. Our step is the one of train.py; on a
+already on the device (data_speed.py measures the loader); weights are random. Our step is the one of train.py; on a
 GPU it runs under torch.cuda.set_sync_debug_mode("error"), which stops where the host waits for the device. Compared are
 every loss of one batch in train mode, at the same points and with the same dropout, and the logarithm of the norm of
 the gradient. Writes training_PRESET_SIZE_DEVICE.json and .md to --out. Exit status 1 if a variant failed.
@@ -25,20 +25,21 @@ from typing import Any, Literal
 from unittest import mock
 
 import torch
-from measure import Builder, Settings, Stopwatch, Work, choose, main, measure, parts_table, write_results
-from published import TRAINING_SECONDS, PublishedTraining, full_size_masks, loss_counts
+from measure import Builder, Settings, Work, choose, main, measure, random_images, write_results
+from published import PublishedTraining, full_size_masks, random_model
 from torch import Tensor
 from torch.nn import functional as F
 
 from tqdm_seg import modeling_tqdm
-from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
+from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, PRESETS
 from tqdm_seg.loss_tqdm import choose_points, supervised_masks
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.program import option, size
+from tqdm_seg.train import batch_counts
 from tqdm_seg.training.optimisation import gradient_norm, parameter_groups, step_counts
 from tqdm_seg.training.teacher import Teacher
 
-CLASSES = 19
+CLASSES = len(CITYSCAPES_CLASSES)
 BASELINE, ANOMALY = "published-order", "published-anomaly"
 OURS_IN_BF16 = ("ours-bf16", "ours-bf16-teacher", "ours-channels-last")
 OURS_IN_PRECISION = ("ours-checkpointing", "ours-compiled")
@@ -49,25 +50,16 @@ Batch = dict[str, Any]
 class TrainingSettings(Settings):
     """Options."""
 
-    preset: str = option("clip_vit_b16", choices=sorted(PRESETS), help="of the model (default: %(default)s)")
+    preset: str = option("clip_vit_b16", choices=sorted(PRESETS), help="of the model")
     size: tuple[int, int] = option((512, 512), type=size, metavar="HxW", help="of the images (default: 512x512)")
     batch_size: int | None = option(None, help="images of a step (default: 1 on a CPU, 16 on a GPU)")
-    precision: Literal["fp32", "bf16"] = option(
-        "fp32", help="of ours-checkpointing and ours-compiled (default: %(default)s)"
-    )
+    precision: Literal["fp32", "bf16"] = option("fp32", help="of ours-checkpointing and ours-compiled")
     compile: str | None = option(None, metavar="BACKEND", help="run ours-compiled, such as inductor: minutes on a CPU")
-    repeats: int = option(3, help="timed rounds (default: %(default)s)")
+    repeats: int = option(3, help="timed rounds")
 
     def __post_init__(self):
         super().__post_init__()
         self.batch_size = self.batch_size or (1 if self.torch_device.type == "cpu" else 16)
-
-
-def random_model(preset: str, device: torch.device) -> TqdmForSemanticSegmentation:
-    """The model of a preset with the same random weights every time, in train mode."""
-    torch.manual_seed(0)
-    config = TqdmConfig.from_preset(preset, id2label={i: f"class {i}" for i in range(CLASSES)})
-    return TqdmForSemanticSegmentation(config).to(device).train()
 
 
 def random_batch(settings: TrainingSettings, device: torch.device, number: int) -> Batch:
@@ -76,34 +68,16 @@ def random_batch(settings: TrainingSettings, device: torch.device, number: int) 
     areas = torch.randint(CLASSES, (count, 1, 3, 4), generator=generator).float()
     labels = F.interpolate(areas, settings.size, mode="nearest")[:, 0].long()
     labels[:, : settings.size[0] // 16] = 255
-    pixel_values = torch.randn(count, 3, *settings.size, generator=generator)
-    batch = {"pixel_values": pixel_values, "labels": labels, "mask_index": supervised_masks(labels, CLASSES)}
-    return {name: value.to(device) for name, value in batch.items()}
+    batch = {"labels": labels, "mask_index": supervised_masks(labels, CLASSES)}
+    batch = {name: value.to(device) for name, value in batch.items()}
+    return batch | {"pixel_values": random_images(number, count, settings.size, device)}
 
 
-def make_work(
-    teacher: Callable[[Batch], Any], loss: Callable[[Batch, Any], Tensor], optimizer: torch.optim.Optimizer,
-    inputs: Callable[[int], Batch], device: torch.device, **work: Any,
-) -> Work:  # fmt: skip
-    """A training step. teacher: batch -> targets; loss: batch, targets -> scalar; work: more fields of `Work`."""
-
-    def step(batch: Batch, lap: Callable[[str], None] = lambda part: None) -> None:
-        targets = teacher(batch)
-        lap("teacher")
-        total = loss(batch, targets)
-        lap("forward and losses")
-        total.backward()
-        lap("backward")
-        optimizer.step()
-        optimizer.zero_grad()
-        lap("optimiser")
-
-    def parts(batch: Batch) -> dict[str, float]:
-        watch = Stopwatch(device)
-        step(batch, watch.lap)
-        return watch.seconds
-
-    return Work(step, inputs, parts=parts, **work)
+def take_step(loss: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer, batch: Batch) -> None:
+    """A training step."""
+    loss(batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def without_waits(step: Callable[[Batch], None], batch: Batch) -> None:
@@ -126,7 +100,7 @@ def comparable(model: TqdmForSemanticSegmentation, terms: dict[str, Tensor]) -> 
 def build_ours(name: str, settings: TrainingSettings, device: torch.device) -> Work:
     """Our step as its name says."""
     bf16 = settings.precision == "bf16" if name in OURS_IN_PRECISION else name in OURS_IN_BF16
-    model = random_model(settings.preset, device)
+    model = random_model(settings.preset, device).train().requires_grad_()
     teacher = Teacher(model, dtype=torch.bfloat16 if "teacher" in name else None)
     if "channels-last" in name:
         model = model.to(memory_format=torch.channels_last)
@@ -134,51 +108,37 @@ def build_ours(name: str, settings: TrainingSettings, device: torch.device) -> W
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 1e-4, 0.1), fused=True)
     dtype = torch.bfloat16 if bf16 else torch.float32
-    autocast = torch.autocast(device.type, dtype, enabled=bf16)
     compiled = model
     if "compiled" in name:
         torch._inductor.config.fallback_random = True  # as train.py sets it
         compiled = torch.compile(model, backend=settings.compile)
 
-    def targets(batch: Batch) -> dict[str, Tensor]:
-        with autocast:
-            return teacher(batch["pixel_values"])
-
-    def outputs(called: torch.nn.Module, batch: Batch, targets: dict[str, Tensor]) -> Any:
-        (counts,) = step_counts([loss_counts(batch, model)], device, published=False)
+    def outputs(called: torch.nn.Module, batch: Batch) -> Any:
+        (counts,) = step_counts([batch_counts(batch, model)], device, published=False)
         if compiled is not model:
             torch._dynamo.maybe_mark_dynamic(batch["mask_index"], 0)
-        with autocast:
+        with torch.autocast(device.type, dtype, enabled=bf16):
+            targets = teacher(batch["pixel_values"])
             return called(**batch, **targets, loss_counts=counts, output_logits=False)
 
+    def step(called: torch.nn.Module) -> Callable[[Batch], None]:
+        return partial(take_step, lambda batch: outputs(called, batch).loss, optimizer)
+
     inputs = partial(random_batch, settings, device)
-    batch = inputs(0)
     torch.manual_seed(0)
-    numbers = comparable(model, outputs(compiled, batch, targets(batch)).losses)  # before the first step
-    work, plain = (
-        make_work(
-            targets, lambda batch, given, called=called: outputs(called, batch, given).loss, optimizer, inputs, device,
-            dtype=dtype, numbers=lambda _: numbers,
-        )
-        for called in (compiled, model)
-    )  # fmt: skip
-    work.counted = lambda: plain.call
-    if device.type == "cuda":
-        work.call = partial(without_waits, work.call)
-    return work
+    numbers = comparable(model, outputs(compiled, inputs(0)).losses)  # before the first step
+    call = step(compiled) if device.type != "cuda" else partial(without_waits, step(compiled))
+    return Work(call, inputs, dtype, lambda _: numbers, counted=lambda: step(model))
 
 
 def build_published(settings: TrainingSettings, anomaly: bool, device: torch.device) -> Work:
     """The published order of work."""
-    model = random_model(settings.preset, device)
+    model = random_model(settings.preset, device).train().requires_grad_()
     published = PublishedTraining(model)
     optimizer = torch.optim.AdamW(parameter_groups(model, 1e-5, 1e-4, 0.1))
 
-    def teacher(batch: Batch) -> Tensor:
-        return published.teacher_embedding(batch["pixel_values"])
-
-    def loss(batch: Batch, targets: Tensor) -> Tensor:
-        terms = published.losses(batch, targets)
+    def loss(batch: Batch) -> Tensor:
+        terms = published.losses(batch, published.teacher_embedding(batch["pixel_values"]))
         {name: term.item() for name, term in terms.items()}  # for the log, in every step
         return sum(terms.values())
 
@@ -188,12 +148,12 @@ def build_published(settings: TrainingSettings, anomaly: bool, device: torch.dev
 
     published.teacher.eval()  # for the comparison only
     batch = inputs(0)
-    targets, points = teacher(batch), drawn_points(model, batch)
+    target, points = published.teacher_embedding(batch["pixel_values"]), drawn_points(model, batch)
     torch.manual_seed(0)
-    numbers = comparable(model, published.losses(batch, targets, points))
+    numbers = comparable(model, published.losses(batch, target, points))
     published.teacher.train()
     torch.autograd.set_detect_anomaly(anomaly)  # in the whole process of this variant
-    return make_work(teacher, loss, optimizer, inputs, device, numbers=lambda _: numbers)
+    return Work(partial(take_step, loss, optimizer), inputs, numbers=lambda _: numbers)
 
 
 def drawn_points(model: TqdmForSemanticSegmentation, batch: Batch) -> Tensor:
@@ -215,9 +175,8 @@ def all_variants(settings: TrainingSettings) -> dict[str, Builder]:
     variants = {BASELINE: partial(build_published, settings, False)}
     if ANOMALY in (settings.only or ()):
         variants[ANOMALY] = partial(build_published, settings, True)
-    ours = [
-        name for name in ("ours-exact", *OURS_IN_BF16, *OURS_IN_PRECISION) if settings.compile or "compiled" not in name
-    ]
+    ours = ("ours-exact", *OURS_IN_BF16, *OURS_IN_PRECISION)
+    ours = [name for name in ours if settings.compile or name != "ours-compiled"]
     return variants | {name: partial(build_ours, name, settings) for name in ours}
 
 
@@ -225,12 +184,10 @@ def measure_training(settings: TrainingSettings) -> int:
     """Measures one variant after the other, as together they would not fit the memory; returns the exit status."""
     variants = choose(all_variants(settings), settings.only and (BASELINE, *settings.only))
     results, words = measure(variants, settings, in_turns=False), "x".join(map(str, settings.size))
-    quoted = TRAINING_SECONDS if settings.preset == "clip_vit_b16" else None
     return write_results(
         settings, f"training_{settings.preset}_{words}_{settings.torch_device.type}",
         f"Training step: {settings.preset}, {words}, batch {settings.batch_size}", results, [BASELINE],
-        parts_table(results, quoted), preset=settings.preset, batch_size=settings.batch_size,
-        order="one variant after the other",
+        preset=settings.preset, batch_size=settings.batch_size, order="one variant after the other",
     )  # fmt: skip
 
 

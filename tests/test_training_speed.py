@@ -10,7 +10,7 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import pytest
 import torch
 from conftest import micro_model
-from published import TRAINING_SECONDS, PublishedTraining, full_size_masks
+from published import PublishedTraining, full_size_masks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -70,9 +70,7 @@ def test_every_mode_makes_the_published_step():
         torch.testing.assert_close(work.numbers(None), wanted, rtol=tolerance, atol=tolerance)
         work.call(work.inputs(1))
         work.counted()(work.inputs(2))
-        parts = work.parts(work.inputs(3))
-        assert parts.keys() >= TRAINING_SECONDS.keys() and all(seconds > 0 for seconds in parts.values())
-    assert published.parts(published.inputs(3)).keys() == parts.keys()
+    published.call(published.inputs(1))
 
 
 @pytest.mark.slow
@@ -87,7 +85,7 @@ def test_training_is_measured_from_end_to_end(tmp_path, capsys):
     assert published["name"] == BASELINE and suite["facts"]["batch_size"] == 1
     assert ours["difference"] < 1e-4 and 0 < ours["operations"] < published["operations"]
     page = (tmp_path / "training_tiny_64x64_cpu.md").read_text(encoding="utf-8")
-    assert "| teacher |" in page and "took turns" not in page
+    assert "| ours-exact |" in page and "one variant after the other" in page
 
 
 # ---- a step without waiting
