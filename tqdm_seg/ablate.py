@@ -16,13 +16,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.train import train
 
-from .data.files import example, write_file
+from .data.files import example, read_json, write_file
 from .data.frames import FrameDataset, frame_loader
 from .data.sources.folder import prepare_folder
+from .deploy.folder import load_model
 from .evaluation.evaluate import score_frames
 from .program import takes
 from .training.options import AblateOptions
@@ -48,7 +47,7 @@ def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
             folder = options.out / f"{variant.replace(' ', '_')}_{seed}"
             if not (folder / "results.json").is_file():
                 train(**options.of_run(out=folder, seed=seed, overlays=0, tracker="none", resume=True, **changes))
-            columns["held_back"].append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["miou"])
+            columns["held_back"].append(read_json(folder / "results.json", ["miou"])["miou"])
             columns["unseen"].append(score_unseen(folder / "model", unseen))
     write_file(options.out / "ablation.json", (json.dumps(figures, indent=1) + "\n").encode())
     write_file(options.out / "ablation.md", table(figures).encode())
@@ -65,8 +64,7 @@ def unseen_frames(out: Path) -> FrameDataset:
 
 def score_unseen(model_folder: Path, frames: FrameDataset) -> float:
     """mIoU on the unseen domain; images are resized to the side that the model was trained at, with sliding windows."""
-    model = TqdmForSemanticSegmentation.from_pretrained(model_folder).eval()
-    processor = TqdmImageProcessor.from_pretrained(model_folder)
+    model, processor = load_model(model_folder)
     processor.do_resize, processor.size = True, {"shortest_edge": 224, "longest_edge": 448}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     loader = frame_loader(frames, 0)

@@ -29,7 +29,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..program import takes
 from .checkpoints import read_checkpoint
-from .folder import save_model_folder
+from .folder import check_loading, from_pretrained, save_model_folder
 from .key_rules import INITIAL_RULES, PUBLISHED_RULES, TEXT, VISION, apply_rules, dropped_keys
 from .options import ConvertOptions
 
@@ -312,7 +312,8 @@ def read_transformers(name: str) -> tuple[dict[str, Tensor], str]:
     """State dict and activation of a CLIPModel, by Hub name or folder."""
     from transformers import CLIPModel
 
-    model = CLIPModel.from_pretrained(name)
+    model, loading = from_pretrained(CLIPModel, name)
+    check_loading(loading, name)
     activations = {model.config.vision_config.hidden_act, model.config.text_config.hidden_act}
     if len(activations) > 1:
         raise ValueError(

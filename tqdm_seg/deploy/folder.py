@@ -3,6 +3,7 @@
 A model loads with the classes of this package, so no code from its folder runs.
 """
 
+import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from tqdm_seg.configuration_tqdm import TqdmConfig
@@ -20,10 +20,12 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from .. import __version__
-from ..data.files import MARK, SYSTEM_FILES, read_json, replace_folder
+from ..data.files import MARK, SYSTEM_FILES, cut, plain_name, read_json, replace_folder
 from ..env import code_commit
+from .checkpoints import check_finite, check_safetensors
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
+_AGAIN = "save, convert or download the model again"
 
 
 def model_folder(name: str | Path) -> Path:
@@ -49,53 +51,79 @@ def load_model(folder: Path) -> tuple[TqdmForSemanticSegmentation, TqdmImageProc
     """Model in eval mode, in float32, and image processor.
 
     Raises FileNotFoundError or ValueError, naming the file, for another kind of model, and for weights that are
-    damaged, missing, unknown, or of another shape.
+    damaged, missing, unknown, of another shape, no fractions, or not finite.
     """
-    check_model_folder(folder)
-    with _quiet_transformers():
-        try:
-            model, loading = TqdmForSemanticSegmentation.from_pretrained(
-                folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
-                use_safetensors=True,
-            )  # fmt: skip
-            processor = TqdmImageProcessor.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-            raise ValueError(f"cannot load {folder}: {error}") from error
-    wrong = {
-        "missing": sorted(loading["missing_keys"]),
-        "unknown": sorted(loading["unexpected_keys"]),
-        "of another shape": sorted(name for name, *_ in loading["mismatched_keys"]),
-    }
-    found = [f"{len(names)} {kind}, such as {names[0]}" for kind, names in wrong.items() if names]
-    if found:
-        raise ValueError(
-            f"the weights in {folder} do not fit its config.json: {'; '.join(found)}; save or convert the model again"
-        )
+    types = check_model_folder(folder)
+    model, loading = from_pretrained(
+        TqdmForSemanticSegmentation, folder, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True
+    )  # fmt: skip
+    try:
+        processor = TqdmImageProcessor.from_pretrained(folder)
+    except Exception as error:  # whatever the fields of the file cause
+        raise ValueError(f"cannot load {folder / _CONFIGURATIONS[1]}: {cut(error, 150)}; {_AGAIN}") from error
+    check_loading(loading, folder)
+    weights = model.state_dict()
+    integers = [name for name, kind in types.items() if "F" not in kind and weights[name].is_floating_point()]
+    if integers:
+        raise ValueError(f"{folder}: the weights {integers[0]} are of type {types[integers[0]]}, not floats; {_AGAIN}")
+    check_finite(weights, folder)
     return model.eval(), processor
 
 
-def check_model_folder(folder: Path) -> None:
-    """Raises FileNotFoundError or ValueError, naming the file, unless the folder holds a tqdm model's files, whole."""
+def from_pretrained(kind: type, name: str | Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
+    """`kind.from_pretrained`, quietly, and what it says of the weights; raises ValueError with one line of reason."""
+    with _quiet_transformers():
+        try:
+            return kind.from_pretrained(name, output_loading_info=True, **settings)
+        except Exception as error:  # whatever the files or the settings cause in the library
+            reason = cut(re.sub(r"weights_only\S*", "", str(error)), 150)
+            raise ValueError(f"cannot load {name}: {type(error).__name__}: {reason}; {_AGAIN}") from error
+
+
+def check_loading(loading: dict[str, Any], name: str | Path) -> None:
+    """Raises ValueError for weights that are missing, unknown or of another shape, by `output_loading_info`."""
+    wrong = {
+        "missing": sorted(loading["missing_keys"]),
+        "unknown": sorted(loading["unexpected_keys"]),
+        "of another shape": sorted(key for key, *_ in loading["mismatched_keys"]),
+    }
+    found = [f"{len(names)} {kind}, such as {cut(names[0], 70)}" for kind, names in wrong.items() if names]
+    if found:
+        raise ValueError(
+            f"the weights in {name} do not fit its config.json: {'; '.join(found)}; save or convert the model again"
+        )
+
+
+def check_model_folder(folder: Path) -> dict[str, str]:
+    """Types of the weights by name; raises FileNotFoundError or ValueError, naming the file, for a damaged folder."""
     for name in _CONFIGURATIONS:
-        fields = read_json(folder / name, fix="save, convert or download the model again")
+        fields = read_json(folder / name, fix=_AGAIN)
         if name == "config.json" and fields.get("model_type") != TqdmConfig.model_type:
             raise ValueError(
-                f"{folder / name}: the model type is {fields.get('model_type')}, not {TqdmConfig.model_type}; "
+                f"{folder / name}: the model type is {cut(fields.get('model_type'))}, not {TqdmConfig.model_type}; "
                 "`tqdm-seg convert` makes a model folder of other weights"
             )
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise FileNotFoundError(
-            f"file not found: {folder}/model.safetensors; save, convert or download the model again"
-        )
-    for path in weights:
-        try:
-            with safe_open(path, "pt"):  # reads the header and compares it with the size
-                pass
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or no safetensors file ({error}); copy or download it again"
-            ) from error
+        if name == "config.json":
+            try:
+                TqdmConfig.from_dict(fields)
+            except Exception as error:  # whatever the fields cause
+                raise ValueError(f"{folder / name}: {cut(error, 170)}; {_AGAIN}") from error
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder} holds an adapter, not a whole model; merge it into its model and save that")
+    return {name: kind for path in weight_files(folder) for name, kind in check_safetensors(path).items()}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the parts that its index names; raises FileNotFoundError or ValueError naming the file."""
+    index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
+    if index.is_file() and not (folder / names[0]).is_file():
+        places = read_json(index, ["weight_map"], _AGAIN)["weight_map"]
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"{index}: weight_map names no files; {_AGAIN}")
+        names = sorted({plain_name(name, index) for name in places.values()})
+    if missing := [folder / name for name in names if not (folder / name).is_file()]:
+        raise FileNotFoundError(f"file not found: {missing[0]}; {_AGAIN}")
+    return [folder / name for name in names]
 
 
 @contextmanager

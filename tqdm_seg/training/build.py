@@ -16,6 +16,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.frames import FrameDataset, PlainRows
 from ..data.shards import check_same_labels
+from ..deploy.folder import from_pretrained, load_model
 from ..deploy.speed import set_float32_arithmetic
 from ..evaluation.protocol import Protocol
 from .checkpoint import whole_weights
@@ -86,10 +87,11 @@ def build_model(
         net = TqdmForSemanticSegmentation(TqdmConfig.from_preset(options.model, id2label=id2label, **changes))
         processor = TqdmImageProcessor()
     elif (Path(options.model) / "config.json").is_file():
-        net = TqdmForSemanticSegmentation.from_pretrained(options.model, dtype=torch.float32, **changes)
+        net, processor = load_model(Path(options.model))
+        if changes:  # some add weights, or have no use for others
+            net, _ = from_pretrained(TqdmForSemanticSegmentation, options.model, dtype=torch.float32, **changes)
         if net.config.id2label != id2label:
             net.set_classes(id2label)
-        processor = TqdmImageProcessor.from_pretrained(options.model)
     else:
         raise FileNotFoundError(
             f"--model {options.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a config.json"
