@@ -233,10 +233,10 @@ def test_files_are_readable_as_the_umask_says(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path, error):
     write_file(tmp_path / "file", b"before")
     make(tmp_path / "folder", a="before")
-    with pytest.raises(OSError, match="disk is full.*file"), replace_file(tmp_path / "file") as temporary:
+    with pytest.raises(OSError, match="No space left.*file"), replace_file(tmp_path / "file") as temporary:
         temporary.write_bytes(b"cut")
         raise error
-    with pytest.raises(OSError, match="disk is full.*folder"), replace_folder(tmp_path / "folder", "export"):
+    with pytest.raises(OSError, match="No space left.*folder"), replace_folder(tmp_path / "folder", "export"):
         raise error
     assert snapshot(tmp_path).keys() == {"file", "folder/a", f"folder/{MARK}"}
     assert (tmp_path / "file").read_bytes() == b"before"

@@ -312,7 +312,7 @@ def named_when_full(path: Path) -> Iterator[None]:
             raise  # it names its file already
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(error):
-            words = "the disk is full; make room and start the same command again; not written"
+            words = "No space left on device, make room and start the same command again; not written"
             raise OSError(errno.ENOSPC, words, str(path)) from error
         raise
 
