@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import micro_config, micro_model
+from conftest import micro_model
 from safetensors.torch import load_file, save_file
 
 from tqdm_seg.deploy.folder import load_model, save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 
 @pytest.fixture(scope="module")
