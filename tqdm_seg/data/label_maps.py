@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
+from PIL import Image
 
 from .images import decode_image, decode_unchanged
 
@@ -44,6 +45,9 @@ class LabelMap:
         the image as RGB, so that 1- and 3-channel files read alike; "colours": RGB as one number 0xRRGGBB.
     table: (stored value, class id or 255) for every value that may occur.
     policy: in words, what is ignored and what is merged.
+    counted: a class file gave names without ids, so 0, 1, ... were assumed.
+    tolerance: a value without an entry counts as the nearest one that differs by this much at most (in every channel of
+        a colour), for masks with smoothed edges; 0: it is an error.
     """
 
     name: str
@@ -51,25 +55,56 @@ class LabelMap:
     reading: Reading
     table: tuple[tuple[int, int], ...]
     policy: str
+    counted: bool = False
+    tolerance: int = 0
 
     def __post_init__(self):
         if not 1 <= len(self.classes) <= IGNORE_INDEX:
-            raise ValueError(f"{len(self.classes)} classes; an 8-bit label holds 1 to {IGNORE_INDEX}")
+            raise ValueError(f"{len(self.classes)} classes; an 8-bit label holds 1 to {IGNORE_INDEX}, as 255 is ignored")
 
     @property
     def sha256(self) -> str:
-        """Hash of all that decides the result: class names in order, reading and table."""
-        return hashlib.sha256(json.dumps([self.classes, self.reading, sorted(self.table)]).encode()).hexdigest()
+        """Hash of all that decides the result: class names in order, reading and table, and a tolerance."""
+        parts = [self.classes, self.reading, sorted(self.table)] + [self.tolerance] * (self.tolerance > 0)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def labels(self, png: bytes) -> np.ndarray:
-        """(H, W) uint8 class ids, 255 ignored, of a label file's bytes.
+    def labels(self, content: bytes) -> np.ndarray:
+        """(H, W) uint8 class ids, 255 ignored, of a label file's bytes. Raises as `read`."""
+        return self.read(content)[0]
+
+    def read(self, content: bytes) -> tuple[np.ndarray, int]:
+        """(H, W) uint8 class ids, 255 ignored, of a label file's bytes, and how many pixels took the nearest value.
 
         Raises ValueError, to be read after the file's name, for a file that cannot be decoded, that stores its pixels
         in a way the map does not read, or that holds values without an entry.
         """
-        values = _read_values(png, self.reading)
+        values = _read_values(content, self.reading)
         labels = _lookup(self.table, 2**24 if self.reading == "colours" else 2**16)[values]  # -1: no entry
-        unknown = labels < 0
+        moved = 0
+        if self.tolerance and (labels < 0).any():
+            moved = int((labels < 0).sum())
+            strange, place = np.unique(values[labels < 0], return_inverse=True)
+            labels[labels < 0] = self._nearest(strange)[place]
+            moved -= int((labels < 0).sum())
+        self._check_known(values, labels < 0)
+        return labels.astype(np.uint8), moved
+
+    def _nearest(self, values: np.ndarray) -> np.ndarray:
+        """Class id (n,) int16 of the nearest stored value, -1 where none is within the tolerance."""
+        known = np.array([value for value, _ in self.table])
+        shifts = [16, 8, 0] if self.reading == "colours" else [0]
+        mask = 255 if self.reading == "colours" else -1
+        channels = [np.stack([part.astype(np.int64) >> shift & mask for shift in shifts], -1) for part in (values, known)]
+        found = np.empty(len(values), np.int16)
+        ids = np.array([label for _, label in self.table], np.int16)
+        for first in range(0, len(values), 4096):
+            apart = np.abs(channels[0][first : first + 4096, None] - channels[1])  # (n, m, channels)
+            nearest = (apart**2).sum(-1).argmin(-1)
+            near = np.take_along_axis(apart.max(-1), nearest[:, None], 1)[:, 0] <= self.tolerance
+            found[first : first + 4096] = np.where(near, ids[nearest], -1)
+        return found
+
+    def _check_known(self, values: np.ndarray, unknown: np.ndarray) -> None:
         if unknown.any():
             strange = np.unique(values[unknown]).tolist()
             row, column = np.argwhere(unknown)[0].tolist()
@@ -80,7 +115,6 @@ class LabelMap:
                 f"{', '.join(map(str, shown))}{more}, which the label map {self.name} does not know, "
                 f"first at row {row}, column {column} ({unknown.sum()} of {unknown.size} pixels)"
             )
-        return labels.astype(np.uint8)
 
 
 @lru_cache(maxsize=4)
@@ -91,25 +125,22 @@ def _lookup(table: tuple[tuple[int, int], ...], size: int) -> np.ndarray:
     return lookup
 
 
-def _read_values(png: bytes, reading: Reading) -> np.ndarray:
+def _read_values(content: bytes, reading: Reading) -> np.ndarray:
     """(H, W) whole numbers as stored in the file."""
-    if png[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError("is no PNG; only PNG labels are read, because other formats may have changed the values")
-    image = decode_image(png)
-    bits, channels = png[24], {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[png[25]]
+    image = decode_image(content)
+    bits, channels = _stored_as(image, content)
+    kind = f"{bits}-bit {image.format}"
     if reading == "colours" or reading == "blue":
         if bits == 16:
-            raise ValueError("is a 16-bit PNG; 8-bit colours or grey values were expected")
+            raise ValueError(f"is a {kind}; 8-bit colours or grey values were expected")
         pixels = np.asarray(image.convert("RGB"))
         if reading == "blue":
             return pixels[..., 2]
         return (pixels.astype(np.uint32) << np.array([16, 8, 0], np.uint32)).sum(-1, dtype=np.uint32)
     if reading == "red16":
-        if bits != 16 or channels != 3:
-            raise ValueError(
-                f"is a {bits}-bit PNG of {channels} channels; a 16-bit RGB PNG was expected (R = class id)"
-            )
-        return decode_unchanged(png)[..., 2]  # blue, green, red
+        if bits != 16 or channels != 3 or image.format != "PNG":
+            raise ValueError(f"is a {kind} of {channels} channels; a 16-bit RGB PNG was expected (R = class id)")
+        return decode_unchanged(content)[..., 2]  # blue, green, red
     if channels > 2:
         raise ValueError("holds colours, not ids; take the file with ids, or name the colour of every class")
     if bits == 16 and channels == 2:
@@ -119,6 +150,29 @@ def _read_values(png: bytes, reading: Reading) -> np.ndarray:
     if image.mode == "L" and bits < 8:
         return pixels // (255 // (2**bits - 1))  # Pillow stretches 2- and 4-bit grey over 0 ... 255
     return pixels.astype(np.uint16 if bits == 16 else np.uint8)  # 1-bit grey is read as bool
+
+
+# Compressions of TIFF that change values, as Pillow names them.
+_LOSSY = ("jpeg", "tiff_jpeg", "webp", "jpeg2000")
+
+
+def _stored_as(image: Image.Image, content: bytes) -> tuple[int, int]:
+    """Bits and channels of a lossless label file; ValueError for a format that may have changed the values."""
+    lossy = image.info.get("compression") in _LOSSY
+    if image.format not in ("PNG", "TIFF", "BMP") or lossy:
+        raise ValueError(
+            f"is {'a lossy TIFF' if lossy else 'no PNG, TIFF or BMP'}; other formats may have changed the values: "
+            "export the masks again as PNG"
+        )
+    if image.format == "PNG":
+        return content[24], {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[content[25]]
+    known = {"1": (8, 1), "L": (8, 1), "P": (8, 1), "LA": (8, 2), "I;16": (16, 1), "I;16B": (16, 1),
+             "RGB": (8, 3), "RGBA": (8, 4), "RGBX": (8, 4)}  # fmt: skip
+    if image.mode not in known or getattr(image, "n_frames", 1) > 1:
+        raise ValueError(f"is a {image.format} of mode {image.mode}, not one layer of whole numbers; save it as 8-bit PNG")
+    bits, channels = known[image.mode]
+    stored = image.tag_v2.get(258, (8,))[0] if image.format == "TIFF" and image.mode == "L" else bits
+    return min(bits, stored), channels
 
 
 def _rest_ignored(classes: dict[int, int], known: range | tuple[int, ...]) -> tuple[tuple[int, int], ...]:
