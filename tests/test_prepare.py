@@ -474,15 +474,15 @@ def test_programs_end_with_one_line_and_status_1(tmp_path):
 def test_output_that_cannot_be_written_is_named(tmp_path):
     root = orfd(tmp_path / "in")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write .*file/out.partial"):
+    with pytest.raises(OSError, match="file is a file, so .*file/out cannot be made"):
         make("orfd", root, tmp_path / "file" / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     for flags in ((), ("--overwrite",)):
-        with pytest.raises(FileExistsError, match="mine exists and is no dataset folder"):
+        with pytest.raises(FileExistsError, match="mine holds thesis.txt, not made by"):
             make("orfd", root, tmp_path / "mine", *flags)
     (tmp_path / "mine").rename(tmp_path / "new.partial")
-    with pytest.raises(FileExistsError, match="new.partial exists"):
+    with pytest.raises(FileExistsError, match="new.partial holds thesis.txt, not made by"):
         make("orfd", root, tmp_path / "new")
     assert (tmp_path / "new.partial" / "thesis.txt").exists()
 
@@ -603,15 +603,18 @@ def test_changed_options_and_sources_are_named_and_replaced_on_request(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
-def test_an_unfinished_run_is_not_continued_with_other_options(tmp_path):
+def test_an_unfinished_run_starts_again_with_other_options(tmp_path):
     root, out = orfd(tmp_path / "in"), tmp_path / "out"
-    cut(root / "training/y0613_1242/image_data/1623721490001.png")
+    broken = root / "training/y0613_1242/image_data/1623721490001.png"
+    whole = broken.read_bytes()
+    cut(broken)
     with pytest.raises(ValueError):
         make("orfd", root, out, "--rows-per-shard", "1")
-    with pytest.raises(FileExistsError, match="cannot resume .*rows_per_shard 1, now 2"):
-        make("orfd", root, out, "--rows-per-shard", "2", "--skip-bad")
-    assert make("orfd", root, out, "--rows-per-shard", "2", "--skip-bad", "--overwrite")["rows"] == {"train": 2}
-    assert len(list((out / "data").iterdir())) == 2
+    broken.write_bytes(whole)
+    make("orfd", root, out, "--rows-per-shard", "2", "--unreachable", "ignored")
+    make("orfd", root, tmp_path / "fresh", "--rows-per-shard", "2", "--unreachable", "ignored")
+    assert contents(out) == contents(tmp_path / "fresh")
+    assert not (tmp_path / "out.partial").exists()
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])

@@ -26,15 +26,13 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..program import takes
-from .files import write_file
+from .files import check_not_input, write_file
+from .folders import IMAGE_SUFFIXES, split_of, walk
 from .images import apply_orientation, orientation
-from .options import AuditOptions
+from .options import CPUS, AuditOptions
 from .scenes import frame_stamp, minutes_apart, recording_time, scene_identity
 from .shards import read_frame, read_index
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Folders that say which part of a data set a frame belongs to, and nothing about what it shows.
-SPLIT_FOLDERS = ("test", "testing", "train", "training", "val", "valid", "validation")
 # Exit statuses: some images could not be read; something was found.
 UNREADABLE, LEAKS = 1, 3
 # Rows of each check that are printed; --json and --csv get all of them.
@@ -184,18 +182,8 @@ def read_list(source: str) -> FrameSet:
 
 def read_folder(source: str) -> FrameSet:
     """Images in a folder and below it, links followed, hidden files left out; OSError where a folder is closed."""
-
-    def refuse(error: OSError) -> None:
-        raise error  # os.walk would go on without the folder, and the audit would call it clean
-
     root = Path(source).resolve()
-    paths, visited = [], set()
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        if os.path.realpath(folder) in visited:
-            subfolders.clear()  # a link to where we were before
-            continue
-        visited.add(os.path.realpath(folder))
-        paths += [Path(folder, f) for f in files if f.lower().endswith(IMAGE_SUFFIXES) and not f.startswith(".")]
+    paths = list(walk(root, once=True))
     if not paths:
         raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     in_layout = [path for path in paths if path.parent.name == "image_data"]
@@ -240,7 +228,7 @@ def scene_of(folders: Sequence[str], above: Sequence[str] = ()) -> str:
             return folder
     if "image_data" in folders[1:]:
         holder = folders[folders.index("image_data") - 1]
-        return "" if holder in SPLIT_FOLDERS else holder
+        return "" if split_of(holder) else holder
     return ""
 
 
@@ -317,7 +305,7 @@ def frame_identity(frame: NamedFrame, by_path: bool) -> tuple[str, ...]:
     if frame.scene and recording_time(frame.scene) is not None:
         return "scene and file name", scene_identity(frame.scene), path.stem
     if by_path:
-        return "path", *(folder for folder in path.parts[:-1] if folder not in SPLIT_FOLDERS), path.stem
+        return "path", *(folder for folder in path.parts[:-1] if not split_of(folder)), path.stem
     return "file name", path.stem
 
 
@@ -385,7 +373,7 @@ class Hashes(NamedTuple):
 
 def hash_images(part: FrameSet) -> Hashes:
     """`image_hash` of every frame of a set whose frames have images, on all cores."""
-    with ThreadPoolExecutor() as pool:  # threads: Pillow decodes and shrinks outside Python's lock
+    with ThreadPoolExecutor(CPUS) as pool:  # threads: Pillow decodes and shrinks outside Python's lock
         hashed = pool.map(hash_or_problem, part.frames)
         found = list(tqdm(hashed, part.source, len(part.frames), unit="image", disable=None))
     named = [(f.name, bits) for f, bits in zip(part.frames, found, strict=True) if isinstance(bits, np.ndarray)]
@@ -558,6 +546,11 @@ def audit(options: AuditOptions) -> int:
     for out in filter(None, (options.json, options.csv)):
         if out.is_dir() or not out.resolve().parent.is_dir():
             raise FileNotFoundError(f"{out} must be a file in a folder that exists")
+        check_not_input(out, [options.first, options.second])
+        if not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
+            raise PermissionError(f"no permission to write {out}; choose another place")
+    if options.json and options.csv and options.json.resolve() == options.csv.resolve():
+        raise ValueError(f"--json and --csv name the same file {options.json}; name two")
     first, second = read_set(options.first), read_set(options.second)
     images, problems = compare_images(first, second, options.distance, wanted=options.images)
     results = [

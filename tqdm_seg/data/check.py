@@ -11,11 +11,9 @@ if __name__ == "__main__":
 import hashlib
 import sys
 import zlib
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,50 +23,53 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..program import takes
+from .folders import find
 from .images import shown_size
 from .label_maps import IGNORE_INDEX
 from .options import CheckOptions
+from .remote import Storage
 from .shards import check_same_labels, read_index, read_manifest
+from .workers import process_pool
 
 
-def find_problems(folder: Path, workers: int) -> list[str]:
+def find_problems(folder: str, workers: int) -> list[str]:
     """Everything that is wrong with the folder; raises FileNotFoundError or ValueError without manifest or index."""
     index = read_index(folder)
     manifest = index.manifest
     named = {record["file"] for record in manifest["shards"]}
-    problems = [
-        f"{path.relative_to(folder)} is not in the manifest, but would be loaded; remove it"
-        for path in sorted((folder / "data").glob("*"))
-        if path.relative_to(folder).as_posix() not in named
-    ]
+    found = {f"data/{path.name}" for path in find(Path(folder) / "data", "*")} if Storage(folder).local else set()
+    problems = [f"{name} is not in the manifest, but would be loaded; remove it" for name in sorted(found - named)]
     if sum(record["rows"] for record in manifest["shards"]) != len(index):
         problems.append(f"index.parquet has {len(index)} rows, the shards have another number")
     parts, first = [], 0
     for record in manifest["shards"]:  # the index has their order
         parts.append(index.table.slice(first, record["rows"]))
         first += record["rows"]
-    find = partial(find_problem, folder, len(manifest["classes"]))
-    with tqdm(total=len(index), unit="frame", desc=folder.name) as bar:
-        for record, problem in zip(manifest["shards"], _map(find, manifest["shards"], parts, workers), strict=True):
+    check_shard = partial(find_problem, folder, len(manifest["classes"]))
+    with tqdm(total=len(index), unit="frame", desc=PurePath(folder).name) as bar:
+        for record, problem in zip(
+            manifest["shards"], _map(check_shard, manifest["shards"], parts, workers), strict=True
+        ):
             problems += [problem] if problem else []
             bar.update(record["rows"])
     return problems
 
 
-def _map(find: Any, records: list[dict[str, Any]], parts: list[pa.Table], workers: int) -> Any:
+def _map(check_shard: Any, records: list[dict[str, Any]], parts: list[pa.Table], workers: int) -> Any:
     if workers <= 1:
-        yield from map(find, records, parts)
+        yield from map(check_shard, records, parts)
         return
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        yield from pool.map(find, records, parts)
+    with process_pool(min(workers, max(len(records), 1))) as pool:
+        yield from pool.map(check_shard, records, parts)
 
 
-def find_problem(folder: Path, num_classes: int, record: dict[str, Any], index: pa.Table) -> str | None:
+def find_problem(folder: str | Path, num_classes: int, record: dict[str, Any], index: pa.Table) -> str | None:
     """What is wrong with a shard, naming the first bad row, or None. `index` holds the rows of this shard."""
-    path = folder / record["file"]
-    if not path.is_file():
+    storage = Storage(folder)
+    size = storage.size(record["file"])
+    if size is None:
         return f"{record['file']} is missing; run the prepare command again"
-    content = path.read_bytes()
+    content = storage.read(record["file"], bytes, size)
     if len(content) != record["bytes"]:
         what = f"{record['file']} has {len(content)} bytes, not {record['bytes']}"
     elif hashlib.sha256(content).hexdigest() != record["sha256"]:

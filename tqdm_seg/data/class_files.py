@@ -1,8 +1,8 @@
 """Class files as people have them: names alone, with ids or with colours, of any separator, order and encoding.
 
-    road                   road;7                  name,r,g,b             64 128 64<tab>Animal     (CamVid)
-    mud                    7<tab>road              road,128,64,128        0 void 0 0 0             (RUGD)
-                                                   road,#804080           road:128,64,128::        (CVAT)
+road                   road;7                  name,r,g,b             64 128 64<tab>Animal     (CamVid)
+mud                    7<tab>road              road,128,64,128        0 void 0 0 0             (RUGD)
+                                               road,#804080           road:128,64,128::        (CVAT)
 """
 
 import codecs
@@ -108,7 +108,7 @@ def _lines(path: Path) -> list[Line]:
     """All classes of the file in its order; a header, comments and empty lines left out."""
     texts = [
         (number, text)
-        for number, text in enumerate(re.split(r"\r\n|\r|\n", _text(path)), 1)
+        for number, text in enumerate(re.split(r"\r\n|\r|\n", read_text(path)), 1)
         if text.strip(" \t,;") and (not text.lstrip().startswith("#") or _HEX.match(text.lstrip()))
     ]
     rows = _cells(path, texts)
@@ -122,8 +122,8 @@ def _lines(path: Path) -> list[Line]:
     return [_line(path, number, text, _chosen(cells, columns)) for number, text, cells in rows]
 
 
-def _text(path: Path) -> str:
-    """The file's text: UTF-8 or UTF-16 with or without a mark, else Windows' Western European."""
+def read_text(path: Path) -> str:
+    """A text file: UTF-8 or UTF-16 with or without a mark, else Windows' Western European."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -139,7 +139,7 @@ def _text(path: Path) -> str:
             return content.decode(encoding)
         except UnicodeDecodeError:
             continue
-    raise ValueError(f"class file {path} is no text; save it as UTF-8")
+    raise ValueError(f"{path} is no text; save it as UTF-8")
 
 
 def _cells(path: Path, texts: list[tuple[int, str]]) -> list[tuple[int, str, list[str]]]:

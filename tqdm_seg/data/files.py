@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -196,10 +196,17 @@ def read_mark(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def write_mark(folder: Path, program: str, files: Sequence[str] | None = None) -> None:
-    """Marks a folder as made by a program. files: all that it holds, so that it may be replaced whole."""
-    mark = {"program": program, "version": __version__} | ({} if files is None else {"files": list(files)})
-    (folder / MARK).write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
+def write_mark(folder: Path, program: str, files: Sequence[str] | None = None, **facts: object) -> None:
+    """Marks a folder as made by a program. files: all that it holds, so that it may be replaced whole.
+
+    facts: what the program wants to know of its folder later.
+    """
+    mark = {"program": program, "version": __version__} | ({} if files is None else {"files": list(files)}) | facts
+    path = folder / MARK
+    with (
+        replace_file(path) if path.exists() else nullcontext(path) as target
+    ):  # a first mark may be cut, later ones not
+        target.write_text(json.dumps(mark, indent=1) + "\n", encoding="utf-8")
 
 
 def remove_folder(folder: Path) -> None:

@@ -60,7 +60,9 @@ class LabelMap:
 
     def __post_init__(self):
         if not 1 <= len(self.classes) <= IGNORE_INDEX:
-            raise ValueError(f"{len(self.classes)} classes; an 8-bit label holds 1 to {IGNORE_INDEX}, as 255 is ignored")
+            raise ValueError(
+                f"{len(self.classes)} classes; an 8-bit label holds 1 to {IGNORE_INDEX}, as 255 is ignored"
+            )
 
     @property
     def sha256(self) -> str:
@@ -94,7 +96,9 @@ class LabelMap:
         known = np.array([value for value, _ in self.table])
         shifts = [16, 8, 0] if self.reading == "colours" else [0]
         mask = 255 if self.reading == "colours" else -1
-        channels = [np.stack([part.astype(np.int64) >> shift & mask for shift in shifts], -1) for part in (values, known)]
+        channels = [
+            np.stack([part.astype(np.int64) >> shift & mask for shift in shifts], -1) for part in (values, known)
+        ]
         found = np.empty(len(values), np.int16)
         ids = np.array([label for _, label in self.table], np.int16)
         for first in range(0, len(values), 4096):
@@ -169,7 +173,9 @@ def _stored_as(image: Image.Image, content: bytes) -> tuple[int, int]:
     known = {"1": (8, 1), "L": (8, 1), "P": (8, 1), "LA": (8, 2), "I;16": (16, 1), "I;16B": (16, 1),
              "RGB": (8, 3), "RGBA": (8, 4), "RGBX": (8, 4)}  # fmt: skip
     if image.mode not in known or getattr(image, "n_frames", 1) > 1:
-        raise ValueError(f"is a {image.format} of mode {image.mode}, not one layer of whole numbers; save it as 8-bit PNG")
+        raise ValueError(
+            f"is a {image.format} of mode {image.mode}, not one layer of whole numbers; save it as 8-bit PNG"
+        )
     bits, channels = known[image.mode]
     stored = image.tag_v2.get(258, (8,))[0] if image.format == "TIFF" and image.mode == "L" else bits
     return min(bits, stored), channels

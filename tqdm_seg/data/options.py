@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..program import option
+from ..program import names, option
 
-CPUS = os.cpu_count() or 1
+# Those that this process may use: a job on a cluster, or under taskset, is given a part.
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,21 +81,72 @@ class FolderOptions(PrepareOptions):
     """Your own images and masks to shards.
 
     Every image ROOT/a/b.jpg has the mask MASKS/a/b.png (see --mask-suffix). First-level folders called train, val,
-    test or the like become splits; without them all is train. FILE names one class per line, in the order of the new
-    ids:
+    test or the like (val2017, Testing_B) become splits; without them all is train. Where MASKS is ROOT, masks lie in a
+    folder next to that of the images: train/images and train/masks, RELLIS-3D's pylon_camera_node and
+    pylon_camera_node_label_id (see --folders). FILE names one class per line, in the order of the new ids:
 
         road                     the next id; masks are 8-bit PNGs (grey or palette) of 0, 1, ..., 255 ignored
         road,7                   masks hold other ids: this class is stored as 7
         road,128,64,128          masks hold colours: this class has this one
 
-    A name may come twice, with a second id or colour. The name "ignored" takes what is not to be learned.
+    Semicolons or tabs, a header, #RRGGBB, and the lists of RUGD, CamVid and CVAT do as well. A name may come twice,
+    with a second id or colour. The name "ignored" takes what is not to be learned. Masks may be PNG, TIFF or BMP.
     """
 
     masks: Path = option(help="folder with the masks, as described above")
     class_file: Path = option(flag=True, help="class names, as described above")
-    mask_suffix: str = option(".png", help="end of the masks' names")
+    mask_suffix: str = option(
+        ".png", help="end of the masks' names; where there is none of that name, .tif, .tiff and .bmp are tried"
+    )
+    tolerance: int = option(
+        0,
+        metavar="N",
+        help="values or colours that the class file does not name count as the nearest one that differs by at most N "
+        "(in each channel), as at the smoothed edges of some masks; their number is stated (default: 0, an error)",
+    )
     name: str = option("Own images", help="name of the dataset on its card")
     license: str = option("unknown", help="licence named on the card")
+    pairs: tuple[Path, ...] = option(
+        (),
+        group="which frames",
+        type=Path,
+        metavar="LIST",
+        help="text files of pairs instead of all images: image,mask[,split[,scene]] per line, paths under ROOT and "
+        "MASKS; without a split it is that in the list's name (val.lst), else train",
+    )
+    folders: tuple[str, ...] = option(
+        (),
+        group="which frames",
+        type=names,
+        metavar="IMAGES,MASKS",
+        help="names of folders of images and of masks next to each other, where MASKS is ROOT (default: known ones)",
+    )
+    hold_out: float | None = option(
+        None,
+        group="which frames",
+        metavar="SHARE",
+        help="make a validation split of this share of train, such as 0.15: whole scenes where there are several",
+    )
+    seed: int = option(0, group="which frames", help="of the choice for --hold-out")
+    hold_out_scenes: Path | None = option(
+        None,
+        group="which frames",
+        metavar="FILE",
+        help="make a validation split of the scenes or images that this file names, one per line",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.tolerance <= 255:
+            raise ValueError(f"--tolerance {self.tolerance} is not between 0 and 255")
+        if self.hold_out is not None and not 0 < self.hold_out < 1:
+            raise ValueError(f"--hold-out {self.hold_out:g} is not between 0 and 1, such as 0.15")
+        if self.hold_out is not None and self.hold_out_scenes is not None:
+            raise ValueError("--hold-out chooses by chance, --hold-out-scenes by a list; give one of the two")
+        if self.folders and len(self.folders) != 2:
+            raise ValueError("--folders takes two names, such as images,masks")
+        if self.pairs and self.folders:
+            raise ValueError("--pairs names the files, so --folders has nothing to do; give one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,14 +229,19 @@ class SynthiaOptions(PrepareOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """Verifies that prepared dataset folders are what their manifests say.
+    """Verifies that prepared datasets, in folders or at URLs, are what their manifests say.
 
     Checks sizes and checksums of all files, every row against the index, that labels hold classes only, and their
     counts. With several folders also that their labels may be used together: the same classes, and not two maps of one
     kind. Exit status 1, and the first bad row of every bad shard, if not.
     """
 
-    folders: tuple[Path, ...] = option(nargs="+", type=Path, metavar="FOLDER", help="folders that `prepare` made")
+    folders: tuple[str, ...] = option(
+        nargs="+",
+        type=str,
+        metavar="FOLDER",
+        help="folders that `prepare` made, or URLs (hf://datasets/..., https://...)",
+    )
     workers: int = option(CPUS, help="processes")
 
     def __post_init__(self):

@@ -1,22 +1,22 @@
 """The shared core of all prepare commands: pairs of files in, a finished dataset folder out.
 
 The folder is built as OUT.partial and renamed when whole, so OUT is never half-written. Work is divided by shard. Each
-shard holds a fixed slice of the sorted pairs and the hash of what it is made from (options, keys, file sizes), so
-running the same command again keeps the shards that still fit and makes the others. On a finished folder it does
-nothing. All pixels of every image and label are decoded once, so no broken file gets into a shard.
+shard holds a fixed slice of the sorted pairs and the hash of what it is made from (options, keys, contents of all
+files), so running the same command again keeps the shards that still fit and makes the others. On a finished folder
+it does nothing: files of the same sizes and times are the same, others are read and compared. All pixels of every
+image and label are decoded once, so no broken file gets into a shard.
 """
 
 import hashlib
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from functools import partial
 from io import BytesIO
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,22 +26,35 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from .files import check_out_folder, files_below, move_folder, write_file, write_mark
+from .files import (
+    check_not_input,
+    check_out_folder,
+    claim_folder,
+    move_folder,
+    read_mark,
+    restore_folder,
+    write_file,
+    write_mark,
+)
+from .folders import SPLITS
 from .images import apply_orientation, decode_image, orientation, read_rgb
 from .label_maps import IGNORE_INDEX, LabelMap
 from .options import PrepareOptions
 from .shards import (
     FORMAT_VERSION,
     ROW_GROUP_ROWS,
+    SHARD_NAME,
     Shard,
     StoredFrame,
     describe_shard,
     index_schema,
+    read_manifest,
     shard_name,
     write_shard,
 )
+from .workers import process_pool
 
-SPLITS = ("train", "validation", "test")
+_PROGRAM = "prepare"
 _NO_LABEL = "no label file"
 _CARD = Path(__file__).parent / "templates" / "dataset_card.md"
 
@@ -71,18 +84,27 @@ class Source:
 
 
 class Slice(NamedTuple):
-    """The frames of one shard, (key, pair) in the order of its rows, and the hash of what the shard is made from."""
+    """The frames of one shard, (key, pair) in the order of its rows, and the options that it is made with."""
 
     split: str
     number: int
     total: int
     frames: list[tuple[str, Pair]]
-    made_from: str
+    options: dict[str, Any]
 
     @property
     def file(self) -> str:
         """Its path under the dataset folder."""
         return shard_name(self.split, self.number, self.total)
+
+    def made_from(self, hashes: Sequence[tuple[str, str]]) -> str:
+        """Hash of all that decides its rows; hashes: of the image and label of every frame."""
+        files = [[key, pair.scene, *pair_hashes] for (key, pair), pair_hashes in zip(self.frames, hashes, strict=True)]
+        return hashlib.sha256(json.dumps([FORMAT_VERSION, self.options, files], sort_keys=True).encode()).hexdigest()
+
+    def source_hash(self) -> str:
+        """`made_from` of the files as they are now."""
+        return self.made_from([(_hash(pair.image), _hash(pair.label)) for _, pair in self.frames])
 
 
 def first_folder(root: Path, *candidates: str) -> Path:
@@ -107,15 +129,27 @@ def images_by_name(images: Iterable[Path]) -> dict[str, Path]:
 # -- one shard ------------------------------------------------------------------------------------------
 
 
-def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions) -> tuple[StoredFrame, bool]:
-    """The frame as it is stored, and whether its label had to be turned by the image's EXIF orientation.
+class ReadPair(NamedTuple):
+    """A frame as it is stored, whether its label was turned by the image's EXIF orientation, how many of its pixels
+    took the nearest value, and the hashes of both files.
+    """
+
+    frame: StoredFrame
+    turned: bool
+    moved: int
+    hashes: tuple[str, str]
+
+
+def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions) -> ReadPair:
+    """Reads and checks a frame.
 
     The image counts as viewers show it, turned by EXIF. A label drawn on the unturned pixels is recognised by its size
     and turned as well. Raises ValueError naming the file.
     """
     data, image = _read(pair.image, "image", lambda content: (content, decode_image(content)))
     pixels = read_rgb(image, f"image {pair.image}")
-    labels = _read(pair.label, "label", label_map.labels)
+    drawn, (labels, moved) = _read(pair.label, "label", lambda content: (content, label_map.read(content)))
+    hashes = hashlib.sha256(data).hexdigest(), hashlib.sha256(drawn).hexdigest()
     height, width = pixels.shape[:2]
     unturned = labels.shape != (height, width) and labels.shape[::-1] == image.size
     if unturned:
@@ -133,7 +167,8 @@ def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions
     png = BytesIO()
     Image.fromarray(labels).save(png, "PNG", compress_level=1)  # level 6 takes several times as long for little
     counts = np.bincount(labels.ravel(), minlength=IGNORE_INDEX + 1)[: len(label_map.classes)]
-    return StoredFrame(key, pair.scene, height, width, data, path, png.getvalue(), counts), unturned
+    frame = StoredFrame(key, pair.scene, height, width, data, path, png.getvalue(), counts)
+    return ReadPair(frame, unturned, moved, hashes)
 
 
 def _read(path: Path, what: str, decode: Callable[[bytes], Any]) -> Any:
@@ -143,6 +178,14 @@ def _read(path: Path, what: str, decode: Callable[[bytes], Any]) -> Any:
         raise ValueError(f"{what} {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{what} {path} {error}") from error
+
+
+def _hash(path: Path) -> str:
+    """SHA-256 of a file, "" of one that cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _encode_jpeg(pixels: np.ndarray, quality: int) -> bytes:
@@ -157,26 +200,30 @@ def make_shard(folder: Path, label_map: LabelMap, options: PrepareOptions, part:
     Raises ValueError for a bad frame, OSError when the shard cannot be written.
     """
     path = folder / part.file
-    if path.is_file():
-        old = pq.read_metadata(path).metadata or {}
-        if json.loads(old.get(b"tqdm_seg", "{}")).get("made_from") == part.made_from:
-            return describe_shard(path, part.split, part.number)
+    if path.is_file() and _made_from(path) == part.source_hash():
+        return describe_shard(path, part.split, part.number)
     skipped: dict[str, str] = {}
     turned: list[str] = []
+    facts: dict[str, Any] = {"skipped": skipped, "turned": turned}
 
     def frames() -> Iterator[StoredFrame]:
+        hashes = []
         for key, pair in part.frames:
             try:
-                frame, was_turned = read_pair(key, pair, label_map, options)
+                read = read_pair(key, pair, label_map, options)
             except ValueError as error:
                 if not options.skip_bad:
                     raise ValueError(f"{error}; or leave such frames out with --skip-bad") from error
                 skipped[key] = str(error)
+                hashes.append((_hash(pair.image), _hash(pair.label)))
                 continue
-            turned.extend([key] * was_turned)
-            yield frame
+            hashes.append(read.hashes)
+            turned.extend([key] * read.turned)
+            if read.moved:
+                facts.setdefault("moved", {})[key] = read.moved
+            yield read.frame
+        facts["made_from"] = part.made_from(hashes)
 
-    facts = {"made_from": part.made_from, "skipped": skipped, "turned": turned}
     try:
         write_shard(path, frames(), len(label_map.classes), facts)
     except OSError as error:
@@ -185,6 +232,15 @@ def make_shard(folder: Path, label_map: LabelMap, options: PrepareOptions, part:
             "command again"
         ) from error
     return describe_shard(path, part.split, part.number)
+
+
+def _made_from(shard: Path) -> str:
+    """What an existing shard says that it is made from; "" for a file that is none."""
+    try:
+        facts = (pq.read_metadata(shard).metadata or {}).get(b"tqdm_seg", b"{}")
+        return str(json.loads(facts).get("made_from", ""))
+    except (OSError, ValueError, pa.ArrowException):
+        return ""
 
 
 def make_shards(folder: Path, label_map: LabelMap, options: PrepareOptions, parts: list[Slice]) -> list[Shard]:
@@ -197,20 +253,12 @@ def make_shards(folder: Path, label_map: LabelMap, options: PrepareOptions, part
                 done[part.file] = make(part)
                 bar.update(len(part.frames))
         else:
-            # Not by fork, which copies locks held by threads of the progress bar and of Arrow.
-            with ProcessPoolExecutor(min(options.workers, len(parts)), get_context("spawn")) as pool:
+            with process_pool(min(options.workers, len(parts))) as pool:
                 futures = {pool.submit(make, part): part for part in parts}
-                try:
-                    for future in as_completed(futures):
-                        part = futures[future]
-                        done[part.file] = future.result()
-                        bar.update(len(part.frames))
-                except BrokenProcessPool as error:
-                    raise OSError(
-                        "a worker was killed, probably out of memory; run the same command again with fewer --workers"
-                    ) from error
-                finally:
-                    pool.shutdown(cancel_futures=True)
+                for future in as_completed(futures):
+                    part = futures[future]
+                    done[part.file] = future.result()
+                    bar.update(len(part.frames))
     return [done[part.file] for part in parts]
 
 
@@ -236,20 +284,24 @@ def make_dataset(
         "rows_per_shard": options.rows_per_shard, "jpeg": options.jpeg,
         "link": str(options.root.resolve()) if options.link else None, **choices,
     }  # fmt: skip
+    inputs = (getattr(options, field.name) for field in fields(options) if field.name != "out")
+    check_not_input(options.out, (path for path in inputs if isinstance(path, Path)))
+    restore_folder(options.out)
     usable, skipped = _usable(options, pairs)
-    parts, listing = _slices(usable, made_with)
+    parts, listing, times = _slices(usable, made_with)
     plan = {"format": FORMAT_VERSION, "options": made_with, "source": listing}
-    finished = _finished(options, plan)
+    finished = _finished(options, plan, parts, times)
     if finished is not None:
         print(f"{options.out} is complete and made from the same files; nothing to do", file=sys.stderr)
         return finished
-    folder = _open_partial(options, plan, {part.file for part in parts})
+    _check_first(usable, label_map, options)
+    folder = _open_partial(options.out, {part.file for part in parts})
     shards = make_shards(folder, label_map, options, parts)
     for shard in shards:
         for key, reason in shard.facts["skipped"].items():
             skipped[reason].append(key)
     manifest = _manifest(plan, source, label_map, shards, skipped, list(notes))
-    _finish(options.out, folder, manifest, shards)
+    _finish(options.out, folder, manifest, shards, times)
     _report(options.out, manifest)
     return manifest
 
@@ -289,25 +341,55 @@ def _usable(
     return frames, skipped
 
 
-def _slices(frames: dict[str, list[tuple[str, Pair]]], options: dict[str, Any]) -> tuple[list[Slice], dict[str, Any]]:
-    """The shards to make, and number, bytes and hash of all source files."""
+def _slices(
+    frames: dict[str, list[tuple[str, Pair]]], options: dict[str, Any]
+) -> tuple[list[Slice], dict[str, Any], str]:
+    """The shards to make; number, bytes and hash of the names and sizes of all source files; hash of their times."""
     parts: list[Slice] = []
-    count, size, total_hash = 0, 0, hashlib.sha256()
+    count, size, names, times = 0, 0, hashlib.sha256(), hashlib.sha256()
     rows = options["rows_per_shard"]
     for split, members in frames.items():
         starts = range(0, len(members), rows)
         for number, start in enumerate(starts):
             chosen = members[start : start + rows]
-            files = [[key, pair.scene, *_sizes(pair)] for key, pair in chosen]
-            content = json.dumps([FORMAT_VERSION, options, files], sort_keys=True).encode()
-            parts.append(Slice(split, number, len(starts), chosen, hashlib.sha256(content).hexdigest()))
-            total_hash.update(json.dumps([split, files]).encode())
+            stats = [(pair.image.stat(), pair.label.stat()) for _, pair in chosen]
+            files = [
+                [key, pair.scene, image.st_size, label.st_size]
+                for (key, pair), (image, label) in zip(chosen, stats, strict=True)
+            ]
+            parts.append(Slice(split, number, len(starts), chosen, options))
+            names.update(json.dumps([split, files]).encode())
+            times.update(json.dumps([[s.st_mtime_ns, s.st_ctime_ns] for pair in stats for s in pair]).encode())
             count, size = count + 2 * len(chosen), size + sum(image + label for _, _, image, label in files)
-    return parts, {"files": count, "bytes": size, "sha256": total_hash.hexdigest()}
+    return parts, {"files": count, "bytes": size, "sha256": names.hexdigest()}, times.hexdigest()
 
 
-def _sizes(pair: Pair) -> tuple[int, int]:
-    return pair.image.stat().st_size, pair.label.stat().st_size
+def _check_first(frames: dict[str, list[tuple[str, Pair]]], label_map: LabelMap, options: PrepareOptions) -> None:
+    """Raises ValueError, before anything is written, for a class file that does not fit the masks.
+
+    Looks at the first frame of every split, and for two names without ids for a mask that holds 1.
+    """
+    for members in filter(None, frames.values()):
+        if not options.skip_bad:
+            try:
+                read_pair(*members[0], label_map, options)
+            except ValueError as error:
+                raise ValueError(f"{error}; or leave such frames out with --skip-bad") from error
+    if not label_map.counted or len(label_map.classes) != 2:
+        return
+    found: set[int] = set()
+    for members in frames.values():
+        for _, pair in members:
+            with suppress(OSError, ValueError):
+                found.update(np.unique(label_map.labels(pair.label.read_bytes())).tolist())
+            if 1 in found:
+                return
+    if found == {0, IGNORE_INDEX}:
+        first, second = label_map.classes
+        raise ValueError(
+            f"all masks hold 0 and 255 only, and 255 is ignored, so {second!r} would have no pixel; write "
+            f"'{first},0' and '{second},255' into the class file (or '{second},1', if 255 is to be ignored)"
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -327,56 +409,64 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
-def _finished(options: PrepareOptions, plan: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(options: PrepareOptions, plan: dict[str, Any], parts: list[Slice], times: str) -> dict[str, Any] | None:
     """The manifest of a finished options.out that fits the plan; None when there is work to do."""
-    out, manifest_file = options.out, options.out / "manifest.json"
-    if not manifest_file.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} exists and is no dataset folder of this program; choose another --out")
+    out = options.out
+    if not (out / "manifest.json").is_file():
+        check_out_folder(out, _PROGRAM, whole=True)
         return None
-    manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-    changed = _differences(manifest, plan)
-    if changed:
-        if options.overwrite:
-            check_out_folder(out, "prepare", whole=True)
-            return None
+    try:
+        manifest = read_manifest(out)
+        changed = _differences(manifest, plan) or _changed_content(out, parts, times)
+    except ValueError as error:
+        manifest, changed = {}, str(error)
+    if changed and not options.overwrite:
         raise FileExistsError(
             f"{out} was made with other files or options ({changed}); use another --out, or --overwrite to replace it"
         )
-    files = {out / shard["file"]: shard["bytes"] for shard in manifest["shards"]}
-    if all(path.is_file() and path.stat().st_size == size for path, size in files.items()):
-        return manifest
-    print(f"{out} lacks shards or has some of another size; making it again", file=sys.stderr)
+    if not changed:
+        files = {out / shard["file"]: shard["bytes"] for shard in manifest["shards"]}
+        if all(path.is_file() and path.stat().st_size == size for path, size in files.items()):
+            return manifest
+        print(f"{out} lacks shards or has some of another size; making it again", file=sys.stderr)
+    check_out_folder(out, _PROGRAM, whole=True)
     return None
 
 
-def _partial(out: Path) -> Path:
+def _changed_content(out: Path, parts: list[Slice], times: str) -> str:
+    """Which source files hold something else than when `out` was made, "" for none.
+
+    Files of the same times and sizes are taken as the same; else all are read.
+    """
+    mark = read_mark(out) or {}
+    if mark.get("source_times") == times:
+        return ""
+    there = [part for part in parts if (out / part.file).is_file()]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(Slice.source_hash, there)
+        found = list(tqdm(hashes, "comparing files", len(there), unit="shard", leave=False))
+    for part, made_from in zip(there, found, strict=True):
+        if made_from != _made_from(out / part.file):
+            return f"the content of files behind {part.file} changed, of which {part.frames[0][0]} is the first"
+    if mark:
+        write_mark(out, _PROGRAM, mark.get("files"), source_times=times)
+    return ""
+
+
+def _open_partial(out: Path, files: set[str]) -> Path:
+    """The folder to work in, without what does not belong to the plan. Shards made from something else get replaced."""
     out = out.resolve()
-    return out.with_name(f"{out.name}.partial")
-
-
-def _open_partial(options: PrepareOptions, plan: dict[str, Any], files: set[str]) -> Path:
-    """The folder to work in, emptied of what does not belong to the plan."""
-    folder = _partial(options.out)
-    plan_file = folder / "plan.json"
-    if plan_file.is_file():
-        old = json.loads(plan_file.read_text(encoding="utf-8"))
-        # Repaired source files are welcome here: shards made from the old ones are recognised and made again.
-        changed = _differences(old | {"source": plan["source"]}, plan)
-        if changed and not options.overwrite:
-            raise FileExistsError(
-                f"cannot resume {folder}: files or options changed ({changed}); repeat the first command, delete this "
-                "folder, or use --overwrite to start again"
-            )
-    elif folder.exists():
-        raise FileExistsError(f"{folder} exists and is not from this program; rename it, or choose another --out")
+    folder = out.with_name(f"{out.name}.partial")
     try:
-        (folder / "data").mkdir(parents=True, exist_ok=True)
+        claim_folder(folder, _PROGRAM)
+        (folder / "data").mkdir(exist_ok=True)
+        for name in ("manifest.json", "index.parquet", "README.md"):
+            (folder / name).unlink(missing_ok=True)
         for path in (folder / "data").iterdir():
-            if f"data/{path.name}" not in files:
+            if SHARD_NAME.fullmatch(f"data/{path.name}") and f"data/{path.name}" not in files:
                 path.unlink()
-        write_file(plan_file, json.dumps(plan).encode())
-        write_mark(folder, "prepare")
+    except FileExistsError:
+        raise
     except OSError as error:
         raise OSError(f"cannot write {folder} ({error}); choose an --out where files can be made") from error
     return folder
@@ -403,6 +493,15 @@ def _manifest(
     for split, expected in source.published.items():
         if rows[split] not in expected:
             notes.append(f"{rows[split]} {split} frames were found; published: {' or '.join(map(str, expected))}")
+    for split, values in class_pixels.items():
+        empty = [name for name, count in zip(label_map.classes, values, strict=True) if not count]
+        if empty and rows[split]:
+            notes.append(f"no pixel in {split}: {', '.join(empty)}")
+    moved = [count for shard in shards for count in shard.facts.get("moved", {}).values()]
+    if moved:
+        notes.append(
+            f"{sum(moved)} pixels in {len(moved)} masks took the nearest value, at most {label_map.tolerance} away"
+        )
     turned = sorted(key for shard in shards for key in shard.facts["turned"])
     return plan | {
         "dataset": source.name, "terms": source.terms, "licence": source.licence, "classes": list(label_map.classes),
@@ -418,7 +517,7 @@ def _manifest(
     }  # fmt: skip
 
 
-def _finish(out: Path, folder: Path, manifest: dict[str, Any], shards: list[Shard]) -> None:
+def _finish(out: Path, folder: Path, manifest: dict[str, Any], shards: list[Shard], times: str) -> None:
     """Index, card and manifest, then the folder takes its name."""
     if not manifest["rows"]:
         raise ValueError(f"every frame was left out, the first because {next(iter(manifest['skipped']))}")
@@ -430,8 +529,8 @@ def _finish(out: Path, folder: Path, manifest: dict[str, Any], shards: list[Shar
         write_file(folder / "index.parquet", content.getvalue())
         write_file(folder / "README.md", card(manifest).encode())
         write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-        (folder / "plan.json").unlink()
-        write_mark(folder, "prepare", files_below(folder))
+        files = ["README.md", "index.parquet", "manifest.json", *(shard.record["file"] for shard in shards)]
+        write_mark(folder, _PROGRAM, files, source_times=times)
         move_folder(folder, out)
     except OSError as error:
         raise OSError(

@@ -57,9 +57,7 @@ class Storage:
 
         return self._patiently(name, whole)
 
-    def ranges(
-        self, name: str, starts: Sequence[int], ends: Sequence[int], use: Callable[[list[bytes]], R]
-    ) -> R:
+    def ranges(self, name: str, starts: Sequence[int], ends: Sequence[int], use: Callable[[list[bytes]], R]) -> R:
         """What `use` makes of byte ranges of a file, all asked for at once; read again when it raises DamagedError."""
         path = f"{self.root}/{name}"
         return self._patiently(name, lambda: use(self._cat([path] * len(starts), starts, ends)))
@@ -137,7 +135,8 @@ def _reason(error: BaseException) -> tuple[str, bool]:
         return f"no answer within {TIME_LIMIT:g} seconds", True
     network = type(error).__module__.split(".")[0] in _NETWORK
     if network or isinstance(error, OSError | DamagedError):
-        return cut(str(error) or type(error).__name__, 120), not (network and isinstance(error, ValueError))  # InvalidURL stays
+        wrong_url = network and isinstance(error, ValueError)
+        return cut(str(error) or type(error).__name__, 120), not wrong_url
     return "", False
 
 

@@ -15,20 +15,23 @@ Letters: R rows, K classes.
 import hashlib
 import json
 import mmap
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import replace_file
+from .files import cut, parse_json, replace_file
+from .remote import DamagedError, Storage
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -37,6 +40,7 @@ FORMAT_VERSION = 1
 # A generic Parquet reader fetches whole row groups: small ones keep that, and the memory of the writer, small.
 ROW_GROUP_ROWS = 16
 _FILES = ("image", "label")
+SHARD_NAME = re.compile(r"data/(train|validation|test)-\d{5,}-of-\d{5,}\.parquet")
 # Key of the facts about a shard in its Parquet footer.
 _FACTS = "tqdm_seg"
 
@@ -210,31 +214,63 @@ class Index:
         return values.reshape(len(self), len(self.manifest["classes"]))
 
 
+_MANIFEST_FIELDS = (
+    "format", "dataset", "options", "classes", "label_map", "rows", "class_pixels", "shards", "index_sha256"
+)  # fmt: skip
+_RECORD = {"file": str, "split": str, "shard": int, "rows": int, "bytes": int, "sha256": str}
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Manifest of a folder or URL (hf://datasets/..., s3://...); raises FileNotFoundError for what is not finished."""
-    files, root = fsspec.core.url_to_fs(str(folder))
-    if not files.exists(f"{root}/manifest.json"):
+    """Manifest of a folder or URL (hf://datasets/..., s3://...); raises FileNotFoundError for what is not finished.
+
+    Raises ValueError naming the file when it is damaged, of another format, or names files that no prepare command
+    writes, such as `../x`.
+    """
+    try:
+        return Storage(folder).read("manifest.json", partial(_parsed, f"{folder}/manifest.json"))
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{folder} holds no manifest.json, so it is no finished dataset; run `tqdm-seg prepare` (again: "
             "finished shards are kept)"
-        )
-    manifest = json.loads(files.cat_file(f"{root}/manifest.json"))
+        ) from error
+
+
+def _parsed(name: str, content: bytes) -> dict[str, Any]:
+    try:
+        manifest = parse_json(content, name, ("format",), "copy the folder again, or prepare it again")
+        if manifest["format"] == FORMAT_VERSION:
+            parse_json(content, name, _MANIFEST_FIELDS, "copy the folder again, or prepare it again")
+    except ValueError as error:
+        raise DamagedError(str(error)) from error
     if manifest["format"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder} is of format {manifest['format']}, this code reads {FORMAT_VERSION}; prepare it again"
+            f"{name} is of format {cut(manifest['format'])}, this code reads {FORMAT_VERSION}; prepare it again"
         )
+    for field, kind in (("classes", list), ("shards", list), ("rows", dict), ("options", dict), ("label_map", dict)):
+        if not isinstance(manifest[field], kind):
+            raise ValueError(f"{name}: {field} is {cut(manifest[field])}, expected a {kind.__name__}; prepare it again")
+    for record in manifest["shards"]:
+        if not isinstance(record, dict) or any(not isinstance(record.get(f), kind) for f, kind in _RECORD.items()):
+            raise ValueError(f"{name} has the shard {cut(record)}, expected {', '.join(_RECORD)}; prepare it again")
+        if not SHARD_NAME.fullmatch(record["file"]):
+            raise ValueError(
+                f"{name} names the file {cut(repr(record['file']))}, which no prepare command writes; prepare it again"
+            )
     return manifest
 
 
 def read_index(folder: str | Path, split: str | None = None) -> Index:
     """Index of one split or of all; raises ValueError when the file is not the one that the manifest names."""
     manifest = read_manifest(folder)
-    files, root = fsspec.core.url_to_fs(str(folder))
-    content = files.cat_file(f"{root}/index.parquet")
-    if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
-        raise ValueError(
-            f"{folder}/index.parquet is damaged or of another run than manifest.json; prepare the set again"
-        )
+
+    def whole(content: bytes) -> bytes:
+        if hashlib.sha256(content).hexdigest() != manifest["index_sha256"]:
+            raise DamagedError(
+                f"{folder}/index.parquet is damaged or of another run than manifest.json; prepare the set again"
+            )
+        return content
+
+    content = Storage(folder).read("index.parquet", whole)
     if split is not None and split not in manifest["rows"]:
         raise ValueError(f"{folder} has no split {split!r}, only {', '.join(manifest['rows'])}")
     # Not through a Python file object on several threads: with it the interpreter sometimes aborts at its end.
@@ -245,37 +281,47 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
 
 
 def check_shards_exist(index: Index, split: str) -> None:
-    """Raises FileNotFoundError naming the first shard of the split that is missing or of another size than recorded."""
-    files, root = fsspec.core.url_to_fs(index.folder)
-    expected = {f"{root}/{s['file']}": s["bytes"] for s in index.manifest["shards"] if s["split"] == split}
-    try:
-        sizes = files.sizes(list(expected))  # of remote storage all are asked for at once
-    except FileNotFoundError:
-        sizes = [files.size(path) if files.exists(path) else None for path in expected]
-    for (path, wanted), size in zip(expected.items(), sizes, strict=True):
+    """Raises OSError unless frames of the split can be read: no shard is missing, all have the sizes recorded.
+
+    The first bad shard is named, or the web server that sends whole files only.
+    """
+    storage = Storage(index.folder)
+    expected = {s["file"]: s["bytes"] for s in index.manifest["shards"] if s["split"] == split}
+    with ThreadPoolExecutor(16) as pool:
+        sizes = list(pool.map(storage.size, expected))
+    for (name, wanted), size in zip(expected.items(), sizes, strict=True):
         if size != wanted:
             found = "is missing" if size is None else f"has {size} bytes, not {wanted}"
-            raise FileNotFoundError(f"{path} {found}; copy it again, or run the prepare command again")
+            raise FileNotFoundError(f"{storage.folder}/{name} {found}; copy it again, or run the prepare command again")
+    if expected:
+        storage.check_ranges(next(iter(expected)))
 
 
 def read_frame(index: Index, row: int) -> tuple[bytes, bytes]:
     """Image file and label PNG of one frame, each by one read of its byte range; ValueError for damaged bytes.
 
-    Raises FileNotFoundError, naming the file, for a shard or linked image that is missing.
+    Raises FileNotFoundError, naming the file, for a shard or linked image that is missing. Remote storage is asked
+    several times before that.
     """
-    files, root = fsspec.core.url_to_fs(index.folder)
     entry = index.table.slice(row, 1).drop_columns(["class_pixels"]).to_pylist()[0]
-    shard = f"{root}/{shard_file(index.manifest, entry['split'], entry['shard'])}"
+    shard = shard_file(index.manifest, entry["split"], entry["shard"])
     names = [name for name in _FILES if entry[f"{name}_offset"] >= 0]
     starts = [entry[f"{name}_offset"] for name in names]
     ends = [start + entry[f"{name}_bytes"] for start, name in zip(starts, names, strict=True)]
-    # Of remote storage both are asked for at once.
-    found = dict(zip(names, files.cat_ranges([shard] * len(names), starts, ends, on_error="raise"), strict=True))
+
+    def checked(name: str, content: bytes) -> bytes:
+        if zlib.crc32(content) != entry[f"{name}_crc32"]:
+            raise DamagedError(
+                f"{name} of {entry['key']} in {index.folder}/{shard} is not what was written; run `tqdm-seg check`"
+            )
+        return content
+
+    def all_checked(contents: list[bytes]) -> dict[str, bytes]:
+        return {name: checked(name, content) for name, content in zip(names, contents, strict=True)}
+
+    found = Storage(index.folder).ranges(shard, starts, ends, all_checked)
     if "image" not in found:
-        found["image"] = (Path(index.manifest["options"]["link"]) / entry["key"]).read_bytes()
-    for name in _FILES:
-        if zlib.crc32(found[name]) != entry[f"{name}_crc32"]:
-            raise ValueError(f"{name} of {entry['key']} in {shard} is not what was written; run `tqdm-seg check`")
+        found["image"] = checked("image", (Path(index.manifest["options"]["link"]) / entry["key"]).read_bytes())
     return found["image"], found["label"]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import TRAIN_IDS
 from ..options import AcdcOptions
 from ..prepare import Pair, Source, first_folder, make_dataset
@@ -28,7 +29,7 @@ def scan(root: Path) -> Iterator[Pair]:
     """All frames; the scene is condition and drive, "fog/GOPR0475"."""
     images, labels = first_folder(root, "rgb_anon"), first_folder(root, "gt")
     for folder, split in {"train": "train", "val": "validation", "test": "test"}.items():
-        for image in images.glob(f"*/{folder}/*/*_rgb_anon.png"):
+        for image in find(images, f"*/{folder}/*/*_rgb_anon.png"):
             drive = image.parent.relative_to(images)
             frame = image.name.removesuffix("_rgb_anon.png")
             skip = "no labels are published for test" if split == "test" else ""

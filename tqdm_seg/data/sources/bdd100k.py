@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import TRAIN_IDS
 from ..options import Bdd100kOptions
 from ..prepare import Pair, Source, first_folder, make_dataset
@@ -33,7 +34,7 @@ def scan(root: Path) -> Iterator[Pair]:
         # There are also colormaps, which hold no ids.
         labels, suffix = first_folder(images.parents[1], "labels/sem_seg/masks"), ".png"
     for folder, split in {"train": "train", "val": "validation", "test": "test"}.items():
-        for image in (images / folder).glob("*.jpg"):
+        for image in find(images / folder, "*.jpg"):
             skip = "no labels are published for test" if split == "test" else ""
             yield Pair(split, "", image, labels / folder / f"{image.stem}{suffix}", skip)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import CITYSCAPES
 from ..options import CityscapesOptions
 from ..prepare import Pair, Source, first_folder, make_dataset
@@ -28,7 +29,7 @@ def scan(root: Path) -> Iterator[Pair]:
     """All frames; the scene is the city."""
     images, labels = first_folder(root, "leftImg8bit"), first_folder(root, "gtFine")
     for folder, split in {"train": "train", "val": "validation", "test": "test"}.items():
-        for image in (images / folder).glob("*/*_leftImg8bit.png"):
+        for image in find(images / folder, "*/*_leftImg8bit.png"):
             city, frame = image.parent.name, image.name.removesuffix("_leftImg8bit.png")
             skip = "gtFine/test holds dummy labels" if split == "test" else ""
             yield Pair(split, city, image, labels / folder / city / f"{frame}_gtFine_labelIds.png", skip)

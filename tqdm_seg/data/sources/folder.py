@@ -8,64 +8,124 @@ if __name__ == "__main__":
     sys.exit(start("prepare folder"))
 
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from PIL import Image
 
 from ...program import takes
-from ..label_maps import IGNORE_INDEX, LabelMap, Reading
+from ..class_files import read_classes
+from ..folders import split_of, walk
+from ..label_maps import LabelMap
 from ..options import FolderOptions
+from ..pairs import hold_out, hold_out_listed, read_pairs
 from ..prepare import Pair, Source, first_folder, make_dataset
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-SPLIT_FOLDERS = {
-    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
-    "test": "test", "testing": "test",
-}  # fmt: skip
-IGNORED = "ignored"
+MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
+# Folders of images and of masks that lie next to each other. The first pair is RELLIS-3D's, "image_data" ORFD's.
+KNOWN_FOLDERS = (
+    ("pylon_camera_node", "pylon_camera_node_label_id"), ("image_data", "gt_image"),
+    ("JPEGImages", "SegmentationClass"),
+    *((images, masks) for images in ("images", "image", "imgs", "img", "rgb")
+      for masks in ("masks", "mask", "labels", "label", "annotations", "gt", "groundtruth")),
+)  # fmt: skip
 
 
-def read_classes(path: Path) -> LabelMap:
-    """The label map that a class file describes; ValueError naming the line that is wrong."""
-    ids: dict[str, int] = {IGNORED: IGNORE_INDEX}
-    table: dict[int, int] = {}
-    kinds = set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        name, *values = (part.strip() for part in line.split(","))
-        if not name or len(values) not in (0, 1, 3) or not all(v.isdecimal() and int(v) <= 255 for v in values):
-            raise ValueError(f"{path} line {number}: {line!r} is not NAME or NAME,ID or NAME,R,G,B with numbers to 255")
-        kinds.add(len(values))
-        new = ids.setdefault(name, len(ids) - 1)
-        value = int.from_bytes(map(int, values), "big") if values else new
-        if len(kinds) > 1 or value in table:
-            what = "its id or colour was named before" if len(kinds) == 1 else "lines have ids, colours, or neither"
-            raise ValueError(f"{path} line {number}: {line!r}: {what}; every line needs its own, of one kind")
-        table[value] = new
-    reading: Reading = "colours" if kinds == {3} else "values"
-    if reading == "values":
-        table.setdefault(IGNORE_INDEX, IGNORE_INDEX)
-    classes = tuple(name for name in ids if name != IGNORED)
-    policy = f"ids or colours as listed in {path.name}; " + (
-        "every other colour is an error" if reading == "colours" else "255 is ignored, every other value is an error"
-    )
-    return LabelMap(f"folder/{path.stem}", classes, reading, tuple(table.items()), policy)
+def scan(images: Path, masks: Path, suffix: str = ".png", folders: Sequence[str] = ()) -> list[Pair]:
+    """All images; the scene is the folder that an image lies in, without its split.
 
-
-def scan(images: Path, masks: Path, suffix: str) -> Iterator[Pair]:
-    """All images; the scene is the folder that an image lies in, without its split."""
-    for image in (path for path in images.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
+    folders: names of those of images and of masks next to each other. Raises ValueError for first-level folders that
+    are no splits beside some that are.
+    """
+    found = []
+    same = images.resolve() == masks.resolve()
+    within = masks.relative_to(images) if not same and masks.is_relative_to(images) else None
+    for image in walk(images):
         place = image.relative_to(images)
-        folders = place.parent.parts
-        split = SPLIT_FOLDERS.get(folders[0]) if folders else None
-        scene = "/".join(folders[1:] if split else folders)
-        yield Pair(split or "train", scene, image, masks / place.with_name(f"{image.stem}{suffix}"))
+        if within is not None and place.is_relative_to(within):
+            continue
+        parts, of_image = list(place.parts[:-1]), list(place.parts[:-1])
+        if same or folders:
+            level = _image_folder(images, parts, [folders] if folders else KNOWN_FOLDERS)
+            if level is None:
+                continue
+            at, name = level
+            parts[at] = name
+            del of_image[at]
+        found.append((image, of_image, _mask(masks.joinpath(*parts), image.stem, suffix)))
+    if not found and same:
+        known = f"{folders[0]}/ and {folders[1]}/" if folders else "images/ and masks/"
+        raise FileNotFoundError(f"{images} has no folders {known} next to each other; name yours with --folders")
+    first = {folders[0] for _, folders, _ in found if folders}
+    unknown = sorted(name for name in first if split_of(name) is None)
+    if unknown and len(unknown) < len(first):
+        raise ValueError(
+            f"{images} has the splits {', '.join(sorted(first - set(unknown)))} beside {', '.join(unknown[:3])}; move "
+            "these folders into one of train, val and test or elsewhere, or list the frames with --pairs"
+        )
+    return [_pair(image, folders, mask) for image, folders, mask in found]
+
+
+def _pair(image: Path, folders: Sequence[str], mask: Path) -> Pair:
+    split = split_of(folders[0]) if folders else None
+    return Pair(split or "train", "/".join(folders[1:] if split else folders), image, mask)
+
+
+def _image_folder(root: Path, parts: Sequence[str], known: Iterable[Sequence[str]]) -> tuple[int, str] | None:
+    """Which of the folders above an image is that of images, and the name of that of masks next to it."""
+    for images, masks in known:
+        for at in range(len(parts) - 1, -1, -1):
+            if parts[at] == images and root.joinpath(*parts[:at], masks).is_dir():
+                return at, masks
+    return None
+
+
+def _mask(folder: Path, stem: str, suffix: str) -> Path:
+    """The mask of an image: with the suffix, in any case, else of another lossless format."""
+    suffixes = [suffix, suffix.upper()]
+    if suffix == ".png":
+        suffixes += [other for kind in MASK_SUFFIXES[1:] for other in (kind, kind.upper())]
+    candidates = [folder / f"{stem}{end}" for end in suffixes]
+    return next((path for path in candidates if path.is_file()), candidates[0])
+
+
+def choose_pairs(options: FolderOptions) -> list[Pair]:
+    """The frames that the options choose, with their splits."""
+    images, masks = first_folder(options.root, "."), first_folder(options.masks, ".")
+    if options.pairs:
+        pairs = [pair for path in options.pairs for pair in read_pairs(path, images, masks)]
+    else:
+        pairs = scan(images, masks, options.mask_suffix, options.folders)
+    if options.hold_out is not None:
+        return hold_out(pairs, images, options.hold_out, options.seed)
+    return hold_out_listed(pairs, images, options.hold_out_scenes) if options.hold_out_scenes else pairs
+
+
+def _masks_hold(pairs: Iterable[Pair]) -> Literal["ids", "colours"]:
+    """What the first mask holds, for class files that give both."""
+    for pair in pairs:
+        try:
+            with Image.open(pair.label) as mask:
+                return "colours" if mask.mode.startswith("RGB") else "ids"
+        except OSError:
+            continue
+    return "colours"
 
 
 @takes(FolderOptions)
 def prepare_folder(options: FolderOptions) -> dict[str, Any]:
     """Prepares the dataset; returns its manifest."""
     source = Source(options.name, "Images and masks of a folder.", options.license)
-    pairs = scan(first_folder(options.root, "."), first_folder(options.masks, "."), options.mask_suffix)
-    return make_dataset(options, source, read_classes(options.class_file), pairs)
+    pairs = choose_pairs(options)
+    return make_dataset(options, source, label_map_of(options, pairs), pairs)
+
+
+def label_map_of(options: FolderOptions, pairs: Iterable[Pair]) -> LabelMap:
+    """The label map of the class file, with the tolerance if there is one."""
+    label_map = read_classes(options.class_file, _masks_hold(pairs))
+    if not options.tolerance:
+        return label_map
+    policy = f"{label_map.policy}, but values within {options.tolerance} count as the nearest"
+    return replace(label_map, tolerance=options.tolerance, policy=policy)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import GTA5
 from ..options import Gta5Options
 from ..prepare import Pair, Source, first_folder, images_by_name, make_dataset
@@ -46,7 +47,7 @@ def scan(root: Path, choice: str) -> Iterator[Pair]:
     """All frames; those in no list are the single-colour ones, which RobustNet left out on purpose."""
     splits = read_splits(choice, root)
     images, labels = first_folder(root, "images"), first_folder(root, "labels")
-    for name, image in images_by_name([*images.glob("*.png"), *images.glob("*/*.png")]).items():
+    for name, image in images_by_name(find(images, "*.png", "*/*.png")).items():
         skip = "" if name in splits else f"in no list of the {choice} split"
         if name in MISMATCHED:
             skip = "sizes of image and label differ in the public release"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import MAPILLARY
 from ..options import MapillaryOptions
 from ..prepare import Pair, Source, first_folder, make_dataset
@@ -45,11 +46,11 @@ def scan(root: Path) -> Iterator[Pair]:
     """All frames of either package."""
     first_folder(root, "training", "validation")
     for folder, split in {"training": "train", "validation": "validation"}.items():
-        images = list((root / folder / "images").glob("*.jpg"))
+        images = list(find(root / folder / "images", "*.jpg"))
         labels = labels_folder(root / folder) if images else root
         for image in images:
             yield Pair(split, "", image, labels / f"{image.stem}.png")
-    for image in (root / "testing" / "images").glob("*.jpg"):
+    for image in find(root / "testing" / "images", "*.jpg"):
         yield Pair("test", "", image, None, "no labels are published for testing")
 
 

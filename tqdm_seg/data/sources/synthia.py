@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..folders import find
 from ..label_maps import SYNTHIA
 from ..options import SynthiaOptions
 from ..prepare import Pair, Source, first_folder, images_by_name, make_dataset
@@ -38,7 +39,7 @@ def scan(root: Path, choice: str) -> Iterator[Pair]:
     splits = read_splits(choice)
     images = first_folder(root, "RGB", "RAND_CITYSCAPES/RGB")
     labels = first_folder(images.parent, "GT/LABELS")
-    for name, image in images_by_name([*images.glob("*.png"), *images.glob("*/*.png")]).items():
+    for name, image in images_by_name(find(images, "*.png", "*/*.png")).items():
         skip = "" if name in splits else "in no list of the split"
         yield Pair(splits.get(name, ""), "", image, labels / image.relative_to(images), skip)
 
