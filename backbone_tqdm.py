@@ -12,7 +12,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_tqdm import TqdmVisionConfig
-from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block
+from .layers_tqdm import AttentionWeights, FeedForward, TqdmAttention, TqdmBaseModel, initialise_clip_block
 
 
 class SwiGlu(nn.Module):
@@ -69,10 +69,13 @@ class VisionBlock(GradientCheckpointingLayer):
         """CLIP's scaled normal initialisation; published settings load pre-trained weights instead."""
         initialise_clip_block(self, self.norm1.normalized_shape[0], self.depth)
 
-    def forward(self, tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, rotary: tuple[Tensor, Tensor] | None = None, output_attentions: bool | None = None
+    ) -> Tensor:
         """tokens (B, 1 + N, D) -> (B, 1 + N, D)."""
         normed = self.norm1(tokens)
-        tokens = tokens + self.drop_path(self.attention(normed, normed, normed, rotary=rotary))
+        context = self.attention(normed, normed, normed, None, rotary, output_attentions)
+        tokens = tokens + self.drop_path(context)
         return tokens + self.drop_path(self.ffn(self.norm2(tokens)))
 
 
@@ -126,6 +129,7 @@ class TqdmVisionModel(TqdmBaseModel):
 
     config: TqdmVisionConfig
     _supports_flash_attn = True
+    _can_record_outputs = {"hidden_states": VisionBlock, "attentions": AttentionWeights}
     rotary_positions = staticmethod(rotary_positions)
 
     def __init__(self, config: TqdmVisionConfig):
@@ -175,10 +179,12 @@ class TqdmVisionModel(TqdmBaseModel):
         size = config.hidden_size // config.num_attention_heads
         return self.rotary_positions(h, w, size, config.rope_grid, config.rope_theta, self.position_embedding.device)
 
-    def forward(self, pixel_values: Tensor, with_pyramid: bool = True) -> tuple[list[Tensor], Tensor]:
+    def forward(
+        self, pixel_values: Tensor, with_pyramid: bool = True, output_attentions: bool | None = None
+    ) -> tuple[list[Tensor], Tensor]:
         """pixel_values (B, 3, H, W) -> four maps, fine to coarse, and tokens (B, 1 + N, E), the image's token first.
 
-        with_pyramid=False returns no maps: the teacher needs none.
+        with_pyramid=False returns no maps: the teacher needs none. output_attentions: see `TqdmAttention`.
         Raises ValueError for an image under two patches a side.
         """
         height, width = pixel_values.shape[-2:]
@@ -202,7 +208,7 @@ class TqdmVisionModel(TqdmBaseModel):
         rotary = self.rotary(h, w) if self.config.tower == "eva02" else None
         taps = []
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens, rotary)
+            tokens = block(tokens, rotary, output_attentions)
             if with_pyramid and index in self.config.feature_layers:
                 taps.append(tokens[:, 1:].transpose(1, 2).unflatten(2, (h, w)))  # (B, D, h, w)
         features = self.pyramid(taps) if with_pyramid else []

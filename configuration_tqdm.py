@@ -1,12 +1,19 @@
 """Configuration of tqdm: every architecture number, validated, and the published presets.
 
-The class list is data: `id2label` defines the textual queries. `token_ids` stores the CLIP token ids of the names, so
-that a saved model loads without tokeniser and network.
+The class list is data. A class has a query text, to which its rows of the weights belong, and a display name in
+`id2label`; most often they are the same. `token_ids` stores the CLIP token ids of the texts, so that a saved model
+loads without tokeniser and network.
 """
 
+import difflib
+import functools
+import math
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 # The 19 evaluation classes of Cityscapes in train-id order, the class list of every published checkpoint.
@@ -28,6 +35,127 @@ _KNOWN_TOKEN_IDS = {
 }  # fmt: skip
 
 
+# ---- one check of values, by field
+
+
+def quote(value: Any, length: int = 60) -> str:
+    """`repr` of a value, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
+def check_numbers(config: PreTrainedConfig, whole: str = "", positive: str = "", not_negative: str = "") -> None:
+    """Raises ValueError, naming the field, unless its number is finite and in range; arguments are names in a row.
+
+    whole: integers from 1 on.
+    """
+    kinds = [(whole, "a whole number from 1 on"), (positive, "a number above 0"), (not_negative, "a number from 0 on")]
+    for names, kind in kinds:
+        for name in names.split():
+            value = getattr(config, name)
+            fits = not isinstance(value, bool) and math.isfinite(value) and value >= 0
+            if not fits or (value == 0 and not kind.endswith("from 0 on")):
+                raise ValueError(f"{config.model_type} configuration: {name} is {quote(value)} and must be {kind}")
+
+
+def check_shares(config: PreTrainedConfig, *names: str) -> None:
+    """Raises ValueError, naming the field, unless its number is from 0 on and below 1."""
+    for name in names:
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(
+                f"{config.model_type} configuration: {name} is {getattr(config, name)} and must be from 0 on, below 1"
+            )
+
+
+def check_activation(config: PreTrainedConfig) -> None:
+    """Raises ValueError unless transformers knows `hidden_act`."""
+    from transformers.activations import ACT2FN  # here, because it imports torch
+
+    if config.hidden_act not in ACT2FN:
+        near = difflib.get_close_matches(config.hidden_act, list(ACT2FN), 3) or ["quick_gelu", "gelu"]
+        raise ValueError(
+            f"{config.model_type} configuration: hidden_act {quote(config.hidden_act)} is no activation of "
+            f"transformers; choose {' or '.join(near)}"
+        )
+
+
+def check_keys(config_class: type[PreTrainedConfig], keys: Iterable[str]) -> None:
+    """Raises ValueError for a key that is no field of the class."""
+    known = {*config_class.__dataclass_fields__, *PreTrainedConfig().to_dict(), "num_labels", "attn_implementation"}
+    known |= {"output_attentions", "torch_dtype", "name_or_path"}
+    for key in keys:
+        if key not in known and not key.startswith("_"):
+            near = difflib.get_close_matches(key, sorted(known), 1)
+            raise ValueError(
+                f"{config_class.__name__} has no field {quote(key)}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+
+
+def plain_errors(config_class: type) -> type:
+    """Decorates a `strict` class: what it refuses becomes a ValueError of one readable line that names the field."""
+
+    def wrap(method: Callable) -> Callable:
+        @functools.wraps(method)
+        def wrapped(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+            try:
+                method(self, *args, **kwargs)
+            except StrictDataclassError as error:
+                message = str(error.__cause__)
+                if method.__name__.endswith("setattr__"):
+                    name, value = args
+                    kind = type(self).__dataclass_fields__[name].type
+                    kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+                    message = (
+                        f"{self.model_type} configuration: {name} is {quote(value)} and must be {kind}, not "
+                        f"{type(value).__name__}"
+                    )
+                raise ValueError(message) from None
+
+        return wrapped
+
+    for name in ("__init__", "__setattr__", "validate"):
+        setattr(config_class, name, wrap(getattr(config_class, name)))
+    return config_class
+
+
+# ---- class names
+
+
+def check_names(id2label: Any) -> dict[int, str]:
+    """The class names by id, in order; raises ValueError unless it maps 0 ... K-1 to distinct names in clear text."""
+    if not isinstance(id2label, dict):
+        raise ValueError(
+            f'id2label is {quote(id2label)} and must be {{0: "first class", 1: "second class", ...}}; of a list, '
+            "dict(enumerate(names)) makes it"
+        )
+    if not all(str(index).strip().isdecimal() and isinstance(index, int | str) for index in id2label):
+        raise ValueError(f"id2label has the ids {quote(list(id2label))}; number the classes 0, 1, 2, ...")
+    names = {int(index): id2label[index] for index in sorted(id2label, key=int)}
+    if list(names) != list(range(len(id2label))) or not names:
+        raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {quote(list(names))}")
+    check_distinct(list(names.values()), "id2label")
+    return names
+
+
+def check_distinct(names: Sequence[Any], field: str) -> None:
+    """Raises ValueError for names that are no text, empty, doubled, or hold control characters."""
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{field}: class names must be distinct and not empty texts; {quote(name)} is none")
+        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
+            raise ValueError(f"{field}: the class name {quote(name)} holds control characters; remove them")
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise ValueError(f"{field}: class names must be distinct; rename {quote(doubled)}")
+
+
+def listed(names: Collection[str], most: int = 4) -> str:
+    """Some of the names, for a message."""
+    shown = ", ".join(quote(name, 30) for name in list(names)[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+@plain_errors
 @strict
 class TqdmVisionConfig(PreTrainedConfig):
     """One vision tower and its four-level feature pyramid. The defaults are CLIP ViT-B/16 at 512.
@@ -68,6 +196,14 @@ class TqdmVisionConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
+        check_numbers(
+            self,
+            "image_size patch_size num_channels hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "projection_dim rope_grid",
+            "layer_norm_eps rope_theta",
+        )
+        check_shares(self, "drop_path_rate")
+        check_activation(self)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"vision hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -85,7 +221,7 @@ class TqdmVisionConfig(PreTrainedConfig):
             or not 0 <= layers[0] <= layers[-1] < self.num_hidden_layers
         ):
             raise ValueError(
-                f"feature_layers {layers} must be four increasing block numbers between 0 and "
+                f"feature_layers {quote(layers)} must be four increasing block numbers between 0 and "
                 f"{self.num_hidden_layers - 1} (num_hidden_layers - 1)"
             )
         if self.image_size < 2 * self.patch_size:
@@ -95,6 +231,7 @@ class TqdmVisionConfig(PreTrainedConfig):
             )
 
 
+@plain_errors
 @strict
 class TqdmTextConfig(PreTrainedConfig):
     """The frozen CLIP text tower and its learned prompt. The defaults are CLIP ViT-B/16.
@@ -122,6 +259,21 @@ class TqdmTextConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
+        check_numbers(
+            self,
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads projection_dim "
+            "max_position_embeddings",
+            "layer_norm_eps",
+            "num_prompt_tokens",
+        )
+        check_activation(self)
+        for name in ("bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
+                raise ValueError(
+                    f"text configuration: {name} is {quote(value)} and must be one id from 0 to {self.vocab_size - 1} "
+                    "(vocab_size - 1)"
+                )
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"text hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
@@ -135,13 +287,19 @@ class TqdmTextConfig(PreTrainedConfig):
             )
 
 
+@plain_errors
 @strict
 class TqdmConfig(PreTrainedConfig):
     """The whole model. `TqdmConfig()` is CLIP ViT-B/16 at 512 with the 19 Cityscapes classes.
 
-    id2label: class names by id, 0 ... K-1. They are the queries: edit this map to change the classes.
-    token_ids: CLIP token ids by text; `resolve_token_ids` adds those of new names.
-    frozen_texts: class names of a model without text tower, set by `freeze_text()`.
+    id2label: class names by id, 0 ... K-1, as results show them.
+    query_texts: the text of every row of the weights, which `from_pretrained` matches with `id2label`; by default its
+    names. They change with the weights alone: `set_classes` of the model.
+    display_names: what classes are called where it is not their query text, {text: name}; see `rename_classes`.
+    token_ids: CLIP token ids by text.
+    frozen_texts: query texts of a model without text tower, set by `freeze_text()`.
+    trained: False for the start of a training, whose predictions mean nothing. Training sets it, and a folder that does
+    not say it counts as trained.
     Presets: `TqdmConfig.from_preset("clip_vit_b16" | "eva02_clip_l14" | "eva02_clip_b16" | "tiny")`.
     """
 
@@ -150,11 +308,19 @@ class TqdmConfig(PreTrainedConfig):
         "vision_config": TqdmVisionConfig,
         "text_config": TqdmTextConfig,
     }
+    # Outputs that transformers' Trainer does not gather.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "losses", "class_logits", "mask_logits", "score_map", "text_embeddings", "image_embedding", "hidden_states",
+        "attentions",
+    ]  # fmt: skip
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    query_texts: list[str] | None = None
+    display_names: dict[str, str] | None = None
     token_ids: dict[str, list[int]] | None = None
     frozen_texts: list[str] | None = None
+    trained: bool = False
 
     hidden_size: int = 256
     group_norm_groups: int = 32
@@ -198,21 +364,68 @@ class TqdmConfig(PreTrainedConfig):
     window_batch_size: int | None = None
 
     def __post_init__(self, **kwargs):
-        """Builds the sub-configurations and the class list, and looks up the token ids of the class names."""
+        """Builds the sub-configurations and the class list, and looks up the token ids of the query texts."""
         # transformers 5.10 has no `sub_configs_defaults`, which does this.
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if not isinstance(value, PreTrainedConfig):
+                check_keys(config_class, value or {})
                 setattr(self, name, config_class(**(value or {})))
+        count, label2id = kwargs.pop("num_labels", None), self.label2id
         if self.id2label is None:
-            if kwargs.get("num_labels") not in (None, len(CITYSCAPES_CLASSES)):
-                raise ValueError(
-                    "the queries of this model are class names, so a number of classes is not enough; pass "
-                    'id2label={0: "first class", 1: "second class", ...} instead of num_labels'
-                )
-            self.id2label = dict(enumerate(CITYSCAPES_CLASSES))
+            if self.query_texts is None:
+                self.query_texts = list(CITYSCAPES_CLASSES)
+            self.id2label = dict(enumerate(self.row_names))
+        self.num_labels = len(self.id2label) if count is None else count
         super().__post_init__(**kwargs)
-        self.set_classes(self.id2label)
+        self.label2id = label2id or self.label2id
+        if self.query_texts is None:
+            texts = {name: text for text, name in (self.display_names or {}).items()}
+            self.query_texts = self.frozen_texts or [texts.get(name, name) for name in self.class_names]
+        self.resolve_token_ids()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers, and checks what keyword arguments changed; `display_names` renames classes."""
+        given, names = kwargs.get("num_labels"), kwargs.pop("display_names", None)
+        if "query_texts" in kwargs:
+            raise ValueError("query_texts belong to the weights; pass display_names, or use set_classes() of the model")
+        return_unused = kwargs.pop("return_unused_kwargs", False)
+        ids = kwargs.get("label2id")
+        fields = {"trained": True, **config_dict}
+        fields.pop("label2id", None)  # follows from id2label, which may have been edited
+        for name, config_class in cls.sub_configs.items():  # other versions of transformers may add keys
+            if isinstance(fields.get(name), dict):
+                fields[name] = config_class.from_dict(fields[name])
+        kwargs.pop("num_labels", None)
+        config, kwargs = super().from_dict(fields, return_unused_kwargs=True, **kwargs)
+        if ids is not None:  # setting id2label makes it
+            config.label2id = ids
+        if given is not None:
+            config.num_labels = given
+        if names is not None:
+            config.rename_classes(names)
+        config.validate()
+        return (config, kwargs) if return_unused else config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "id2label" and value is not None:
+            value = check_names(value)
+            super().__setattr__("label2id", {label: index for index, label in value.items()})
+        super().__setattr__(name, value)
+
+    @property
+    def num_labels(self) -> int:
+        """The number of classes. Setting another one raises ValueError: queries need names."""
+        return len(self.id2label or ())
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if count != self.num_labels:
+            raise ValueError(
+                f"num_labels is {quote(count)} and id2label has {self.num_labels} classes; the queries of this model "
+                'are texts, so pass id2label={0: "first class", 1: "second class", ...} instead of num_labels'
+            )
 
     def exceeds_window(self, height: int, width: int) -> bool:
         """True for images that inference slides windows over."""
@@ -220,50 +433,157 @@ class TqdmConfig(PreTrainedConfig):
 
     @property
     def class_names(self) -> list[str]:
-        """The class names in id order, one query each."""
+        """The class names in id order."""
         return [self.id2label[index] for index in range(len(self.id2label))]
 
     @property
+    def row_names(self) -> list[str]:
+        """What the class of every row of the weights is called."""
+        return [(self.display_names or {}).get(text, text) for text in self.query_texts]
+
+    @property
     def reference_texts(self) -> list[str]:
-        """The class names inside `reference_prompt`, in id order."""
-        return [self.reference_prompt.replace("{class}", name) for name in self.class_names]
+        """The query texts inside `reference_prompt`, in row order."""
+        return [self.reference_prompt.replace("{class}", text) for text in self.query_texts]
+
+    def rows_of(self, names: Sequence[str]) -> list[int | None]:
+        """The row of the weights of each class, by its name or query text; None for those that have none."""
+        rows = {text: row for row, text in enumerate(self.query_texts)}
+        rows |= {name: row for row, name in enumerate(self.row_names)}
+        return [rows.get(name) for name in names]
+
+    def check_rows(self) -> None:
+        """Raises ValueError where `id2label` of a model was edited, and its weights do not follow."""
+        if self.class_names != self.row_names:
+            raise ValueError(
+                f"config.id2label was edited to {listed(self.class_names)}, and the model still predicts "
+                f"{listed(self.row_names)}; call set_classes() of the model for other classes, "
+                "config.rename_classes() for other names"
+            )
 
     def set_classes(self, id2label: dict[int, str]) -> None:
-        """Changes the class list and its token ids. Raises ValueError unless it maps 0 ... K-1 to distinct names."""
-        id2label = {int(index): name for index, name in id2label.items()}
-        if sorted(id2label) != list(range(len(id2label))) or not id2label:
-            raise ValueError(f"id2label must number the classes 0, 1, 2, ... without gaps, not {sorted(id2label)}")
+        """Changes the class list of a model to be made. Known names keep their query text, new ones are their own.
+
+        Raises ValueError, changing nothing, unless it maps 0 ... K-1 to names that are distinct for CLIP, too.
+        """
+        id2label = check_names(id2label)
         names = list(id2label.values())
-        doubled = sorted({name for name in names if names.count(name) > 1 or not name.strip()})
-        if doubled:
-            raise ValueError(f"class names must be distinct and not empty; rename {doubled}")
-        self.id2label = dict(sorted(id2label.items()))
-        self.label2id = {name: index for index, name in self.id2label.items()}
-        self.resolve_token_ids()
+        rows = self.rows_of(names)
+        texts = [name if row is None else self.query_texts[row] for name, row in zip(names, rows, strict=True)]
+        token_ids = self._look_up(texts)
+        self.id2label, self.query_texts, self.token_ids = id2label, texts, token_ids
+        self.display_names = {text: name for text, name in zip(texts, names, strict=True) if text != name} or None
+
+    def rename_classes(self, names: dict[str, str]) -> None:
+        """Changes display names, {query text or present name: new name}: predictions stay the same.
+
+        Raises ValueError, changing nothing, for a class that there is not, and for a new name that is the query text
+        of another class.
+        """
+        rows = dict(zip(names, self.rows_of(list(names)), strict=True))
+        unknown = [name for name, row in rows.items() if row is None]
+        if unknown:
+            raise ValueError(f"display_names: no class is called {listed(unknown)}, only {listed(self.query_texts)}")
+        new = {self.query_texts[row]: names[name] for name, row in rows.items()}
+        display = {text: name for text, name in ((self.display_names or {}) | new).items() if text != name}
+        check_distinct([display.get(text, text) for text in self.query_texts], "display_names")
+        taken = [name for name in display.values() if name in self.query_texts]
+        if taken:
+            raise ValueError(f"display_names: {listed(taken)} is the query text of another class; choose another name")
+        shown = {
+            i: name if row is None else self.query_texts[row]
+            for i, (name, row) in enumerate(zip(self.class_names, self.rows_of(self.class_names), strict=True))
+        }
+        self.display_names = display or None
+        self.id2label = {i: display.get(text, text) for i, text in shown.items()}
 
     def resolve_token_ids(self) -> None:
-        """Makes `token_ids` hold exactly the texts that the class list and the reference prompt need.
+        """Makes `token_ids` hold exactly the query texts and the reference prompt; raises as `set_classes`."""
+        self.token_ids = self._look_up(self.query_texts)
+
+    def _look_up(self, texts: list[str]) -> dict[str, list[int]]:
+        """Token ids of exactly these query texts and the reference prompt.
 
         Known texts keep their ids; open_clip's tokeniser encodes new ones, without a download. Raises ImportError for
-        new names without the `open_clip_torch` package.
+        new texts without the `open_clip_torch` package, ValueError for texts that are one to CLIP.
         """
         prompt = [part.strip() for part in self.reference_prompt.split("{class}")]
-        needed = [text for text in dict.fromkeys([*self.class_names, *prompt]) if text]
+        needed = [text for text in dict.fromkeys([*texts, *prompt]) if text]
         known = _KNOWN_TOKEN_IDS | (self.token_ids or {})
         new = [text for text in needed if text not in known]
         if new:
             known |= dict(zip(new, _encode(new), strict=True))
-        self.token_ids = {text: known[text] for text in needed}
+        seen: dict[tuple[int, ...], str] = {}
+        for text in texts:
+            ids = [*known[text], self.text_config.eos_token_id]
+            read = tuple(ids[: ids.index(self.text_config.eos_token_id)])  # CLIP reads up to the end token
+            if not read or read in seen:
+                other = f"the same text to CLIP as {quote(seen[read])}" if read else "no text to CLIP"
+                raise ValueError(f"id2label: the class name {quote(text)} is {other}; rename it")
+            seen[read] = text
+        return {text: known[text] for text in needed}
 
-    def text_token_ids(self, name: str, prompted: bool = False) -> list[int]:
-        """Token ids, start and end included, of a class name, alone or inside `reference_prompt`."""
+    def text_token_ids(self, text: str, prompted: bool = False) -> list[int]:
+        """Token ids, start and end included, of a query text, alone or inside `reference_prompt`."""
         before, _, after = (part.strip() for part in self.reference_prompt.partition("{class}"))
-        texts = [before, name, after] if prompted else [name]
+        texts = [before, text, after] if prompted else [text]
         ids = [token for text in texts if text for token in self.token_ids[text]]
         return [self.text_config.bos_token_id, *ids, self.text_config.eos_token_id]
 
+    def validate_names(self):
+        """Raises ValueError unless id2label, label2id, display_names, token_ids and ignore_index fit each other."""
+        if self.id2label is None:
+            raise ValueError('id2label is None and must be {0: "first class", 1: "second class", ...}')
+        names = check_names(self.id2label)
+        label2id = {name: index for index, name in names.items()}
+        if self.label2id in (None, {}, {name: row for row, name in enumerate(self.row_names)}):
+            self.label2id = label2id  # single names of id2label were edited
+        if {name: int(index) for name, index in self.label2id.items()} != label2id:
+            wrong = [
+                name for name in names.values() if self.label2id.get(name) not in (label2id[name], str(label2id[name]))
+            ]
+            raise ValueError(
+                f"label2id contradicts id2label, for instance in {listed(wrong or sorted(self.label2id), 1)}; leave "
+                "label2id out, it follows from id2label"
+            )
+        self.label2id = label2id
+        check_distinct(self.query_texts, "query_texts")
+        check_distinct(self.row_names, "display_names")
+        for text, ids in (self.token_ids or {}).items():
+            end = self.text_config.eos_token_id  # the largest one, by which the text tower finds the end
+            if not all(0 <= index <= end for index in ids):
+                raise ValueError(f"token_ids of {quote(text)} are {quote(ids)} and must be ids from 0 to {end}")
+        if 0 <= self.ignore_index < len(names):
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is the class {quote(names[self.ignore_index])}; choose one that is "
+                "no class, such as -100"
+            )
+
+    def check_windows(self):
+        """Raises ValueError for windows that leave gaps or hold no image."""
+        check_numbers(self, " ".join(n for n in ("window_size", "window_batch_size") if getattr(self, n) is not None))
+        smallest = 2 * self.vision_config.patch_size
+        if self.window_size is not None and self.window_size < smallest:
+            raise ValueError(f"window_size {self.window_size} holds less than two patches; use at least {smallest}")
+        if self.window_size is not None and not 0 < self.window_stride <= self.window_size:
+            raise ValueError(
+                f"window_stride {self.window_stride} would leave gaps between windows of {self.window_size}; use a "
+                f"stride from 1 to {self.window_size} (window_size)"
+            )
+
     def validate_architecture(self):
         """Raises ValueError for inconsistent numbers; the message names the field and the fix."""
+        check_numbers(
+            self,
+            "hidden_size group_norm_groups context_decoder_hidden_size context_decoder_layers context_decoder_heads "
+            "pixel_decoder_layers pixel_decoder_heads pixel_decoder_points pixel_decoder_ffn_dim mask_decoder_layers "
+            "mask_decoder_heads mask_decoder_ffn_dim num_points",
+            "layer_norm_eps no_object_weight score_map_temperature",
+            "class_loss_weight mask_loss_weight dice_loss_weight textual_loss_weight visual_loss_weight "
+            "score_map_loss_weight oversample_ratio importance_sample_ratio",
+        )
+        check_shares(self, "context_decoder_dropout")
+        self.check_windows()
         for width, heads in (
             ("hidden_size", "pixel_decoder_heads"),
             ("hidden_size", "mask_decoder_heads"),
@@ -283,14 +603,7 @@ class TqdmConfig(PreTrainedConfig):
                 f"({self.vision_config.projection_dim}) and text_config ({self.text_config.projection_dim})"
             )
         if self.reference_prompt.count("{class}") != 1:
-            raise ValueError(f"reference_prompt {self.reference_prompt!r} must hold {{class}} exactly once")
-        if self.window_size is not None and not 0 < self.window_stride <= self.window_size:
-            raise ValueError(
-                f"window_stride {self.window_stride} would leave gaps between windows of {self.window_size}; use a "
-                f"stride from 1 to {self.window_size}"
-            )
-        if self.window_batch_size is not None and self.window_batch_size < 1:
-            raise ValueError(f"window_batch_size {self.window_batch_size} must be at least 1")
+            raise ValueError(f"reference_prompt {quote(self.reference_prompt)} must hold {{class}} exactly once")
         if not 0 <= self.importance_sample_ratio <= 1 or self.oversample_ratio < 1:
             raise ValueError(
                 f"importance_sample_ratio {self.importance_sample_ratio} must lie between 0 and 1, and "
@@ -301,7 +614,8 @@ class TqdmConfig(PreTrainedConfig):
     def from_preset(cls, name: str, **overrides: Any) -> "TqdmConfig":
         """The named preset; `overrides` replace its fields (dicts for sub-configurations are merged)."""
         if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(sorted(PRESETS))}")
+            raise ValueError(f"unknown preset {quote(name)}; choose one of {', '.join(sorted(PRESETS))}")
+        check_keys(cls, overrides)
         fields = {**PRESETS[name], **overrides}
         for key in cls.sub_configs:
             value = overrides.get(key)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from .backbone_tqdm import rotary_positions
+from .backbone_tqdm import TqdmVisionModel, rotary_positions
 from .decoder_tqdm import (
     NUM_LEVELS,
     DeformableAttention,
@@ -29,6 +29,7 @@ from .decoder_tqdm import (
     sine_positions,
 )
 from .layers_tqdm import FeedForward, TqdmAttention, resize
+from .text_tqdm import TextualQueries
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -322,8 +323,16 @@ class FastMaskDecoder(MaskDecoder):
 
 # ---- the whole model
 
+
+class FastVisionModel(TqdmVisionModel):
+    """Cached positions."""
+
+    rotary_positions = staticmethod(cache_by_shape(rotary_positions))
+
+
 # The fast classes hold the same parameters, so a layer becomes fast by changing its class.
 FAST_CLASSES = {
+    TqdmVisionModel: FastVisionModel,
     DeformableAttention: FastDeformableAttention,
     PixelDecoderLayer: FastPixelDecoderLayer,
     PixelDecoder: FastPixelDecoder,
@@ -331,11 +340,44 @@ FAST_CLASSES = {
 }
 
 
+def check_plain(model: nn.Module) -> None:
+    """Raises ValueError, naming the layer, unless all layers are torch's and this model's own, unchanged.
+
+    Adapters, quantised weights, parametrisations, hooks and masks would be lost by folding, or folded wrongly.
+    """
+    ours = {TqdmVisionModel.__module__, MaskDecoder.__module__, TqdmAttention.__module__, TextualQueries.__module__}
+    for name, module in model.named_modules(prefix="model"):
+        kind = type(module).__module__
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if kind not in {*ours, type(model).__module__, "transformers.activations"} and not kind.startswith(
+            "torch.nn.modules."
+        ):
+            found = f"a {type(module).__name__}"
+        elif "forward" in vars(module) or any(not recorded(hook) for hook in hooks):
+            found = "hooks"
+        elif any(type(p) is not nn.Parameter or not p.is_floating_point() for p in module.parameters(recurse=False)):
+            found = "weights that are not plain, such as quantised ones"
+        else:
+            continue
+        raise ValueError(
+            f"prepare_for_inference() needs plain layers, and {name} has {found}; merge adapters and remove hooks, "
+            "masks and quantisation before, or predict with the model as loaded"
+        )
+
+
+def recorded(hook: Callable) -> bool:
+    """True for the hooks with which transformers records hidden states, which change nothing."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
 @torch.no_grad()
 def make_fast(model: nn.Module) -> None:
-    """Replaces the layers of a `TqdmModel` in eval mode, in place."""
+    """Freezes the texts and replaces the layers of a `TqdmModel`, in place, in eval mode; raises as `check_plain`."""
+    check_plain(model)
+    model.eval()
+    if model.config.frozen_texts is None:
+        model.text_queries.freeze()
     tower, pixels, head = model.vision_tower, model.pixel_decoder, model.mask_decoder
-    tower.rotary_positions = cache_by_shape(rotary_positions)
     first, norm, activation, second = tower.pyramid.up4
     tower.pyramid.up4 = PatchExpansion(
         fold_expansion(first, norm=norm), activation, fold_expansion(second, pointwise=pixels.lateral.conv)

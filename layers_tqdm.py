@@ -41,6 +41,10 @@ class TqdmBaseModel(PreTrainedModel):
     _supports_attention_backend = True
     _no_split_modules = ["VisionBlock", "TextBlock", "PixelDecoderLayer", "MaskDecoderLayer"]
 
+    def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any):
+        config.validate()  # transformers and users set fields after the configuration was made
+        super().__init__(config, *args, **kwargs)
+
     def _initialize_weights(self, module: nn.Module, *_: Any, **__: Any) -> None:
         # transformers skips remote-code modules that hold no parameters themselves, such as the deformable attention,
         # whose rule would silently never run. Every function of `init` is safe on loaded weights.
@@ -124,6 +128,10 @@ def rotate(tokens: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((tokens[:, :, :1], (patches * cos + swapped * sin).to(tokens.dtype)), 2)
 
 
+class AttentionWeights(nn.Identity):
+    """Where transformers records `attentions`."""
+
+
 class TqdmAttention(nn.Module):
     """Multi-head attention with separate projections; the configuration names the attention function."""
 
@@ -148,6 +156,7 @@ class TqdmAttention(nn.Module):
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=query_value_bias)
         self.inner_norm = nn.Identity() if inner_norm_eps is None else nn.LayerNorm(hidden_size, eps=inner_norm_eps)
         self.out_proj = nn.Linear(hidden_size, hidden_size)
+        self.weights = AttentionWeights()
 
     def initialise(self) -> None:
         """As `nn.MultiheadAttention`: Xavier over the stacked (3 C, C) projection, zero biases."""
@@ -164,16 +173,23 @@ class TqdmAttention(nn.Module):
         values: Tensor,
         attention_mask: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
+        output_attentions: bool | None = None,
     ) -> Tensor:
-        """queries (B, Q, C), keys and values (B, N, C), additive attention_mask (B or 1, 1, Q, N) -> (B, Q, C)."""
+        """queries (B, Q, C), keys and values (B, N, C), additive attention_mask (B or 1, 1, Q, N) -> (B, Q, C).
+
+        output_attentions: attend in plain operations, which alone have weights for transformers to record.
+        """
         q, k, v = (
             projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection, x in ((self.q_proj, queries), (self.k_proj, keys), (self.v_proj, values))
         )  # (B, heads, Q or N, C / heads)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, _ = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0)
+        name = "eager" if output_attentions else self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention_forward)
+        output, weights = attention(self, q, k, v, attention_mask, scaling=self.scaling, dropout=0.0)
+        if weights is not None:
+            self.weights(weights)
         return self.out_proj(self.inner_norm(output.flatten(2)))
 
 

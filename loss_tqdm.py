@@ -37,11 +37,15 @@ def count_losses(
     )
 
 
-def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Raises ValueError for labels of another size or with ids that are no class.
+def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """The labels as int64. Raises ValueError for other types than integers, another size, and ids that are no class.
 
     On a GPU an assertion on the device checks the ids, so that the host does not wait.
     """
+    if not isinstance(labels, Tensor) or labels.dtype == torch.bool or labels.is_floating_point():
+        came = f"of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise ValueError(f"labels are {came} and must be a tensor of class ids, of any integer type")
+    labels = labels.long()
     expected = (len(pixel_values), *pixel_values.shape[-2:])
     if tuple(labels.shape) != expected:
         raise ValueError(
@@ -49,14 +53,15 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
             "them with the images (nearest neighbour)"
         )
     if torch.compiler.is_compiling():
-        return
+        return labels
     known = ((labels >= 0) & (labels < num_classes) | (labels == ignore_index)).all()
     message = f"labels must be 0 ... {num_classes - 1} (id2label) or {ignore_index} (ignored)"
     if labels.is_cuda:
         torch._assert_async(known, message)
     elif not known:
         unknown = [i for i in labels.unique().tolist() if i != ignore_index and not 0 <= i < num_classes]
-        raise ValueError(f"{message}, but hold {unknown}; map these ids, or add the classes to id2label")
+        raise ValueError(f"{message}, but hold {str(unknown)[:60]}; map these ids, or add the classes to id2label")
+    return labels
 
 
 def supervised_masks(labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:

@@ -11,8 +11,11 @@ E image-text width, H, W image, h, w feature map, L predictions (bare queries, t
 M supervised masks.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +24,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone_tqdm import TqdmVisionModel
-from .configuration_tqdm import TqdmConfig
+from .backbone_tqdm import TqdmVisionModel, VisionBlock
+from .configuration_tqdm import TqdmConfig, listed
 from .decoder_tqdm import MaskDecoder, PixelDecoder
-from .layers_tqdm import TqdmBaseModel, make_vector, resize
+from .layers_tqdm import AttentionWeights, TqdmBaseModel, make_vector, resize
 from .loss_tqdm import (
     LossCounts,
     check_labels,
@@ -42,7 +46,7 @@ from .loss_tqdm import (
     visual_loss,
 )
 from .text_tqdm import TextualQueries
-from .windows_tqdm import Segmenter
+from .windows_tqdm import Segmenter, check_images
 
 # Registers the class with `pipeline("image-segmentation")`, which otherwise reports it as unsupported.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanticSegmentation")
@@ -57,6 +61,8 @@ class TqdmModelOutput(ModelOutput):
     score_map (B, K, h, w): cosine of every patch with every class text; only with all layers.
     text_embeddings (B, K, E): the textual queries after the context decoder.
     image_embedding (B, E): the image in the image-text space, not normalised.
+    hidden_states, (B, 1 + N, D) each, before and after every block of the vision tower, and attentions, (B, heads,
+    1 + N, 1 + N) each, of every block: on request.
     """
 
     class_logits: Tensor | None = None
@@ -64,6 +70,8 @@ class TqdmModelOutput(ModelOutput):
     score_map: Tensor | None = None
     text_embeddings: Tensor | None = None
     image_embedding: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -83,17 +91,154 @@ class TqdmSemanticSegmenterOutput(ModelOutput):
     score_map: Tensor | None = None
     text_embeddings: Tensor | None = None
     image_embedding: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+# Inside `from_pretrained`: its argument ignore_mismatched_sizes.
+_LOADING: ContextVar[bool | None] = ContextVar("_LOADING", default=None)
 
 
 class TqdmPreTrainedModel(TqdmBaseModel):
-    """Ties the model classes to their configuration."""
+    """Ties the model classes to their configuration, and the rows of the weights to query texts."""
 
     config: TqdmConfig
     base_model_prefix = "model"
 
+    def __init__(self, config: TqdmConfig):
+        config.validate()
+        wanted = choose_rows(config)
+        super().__init__(config)
+        self._wanted = wanted  # by `from_pretrained`, once the weights are there
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; `id2label` orders and chooses classes by name, `display_names` renames them.
+
+        A start model, which is not trained, takes any names. A trained one raises ValueError for names that it does not
+        know, unless `ignore_mismatched_sizes` is True: their parts start at random, with a warning.
+        """
+        loading = _LOADING.set(bool(kwargs.get("ignore_mismatched_sizes")))
+        try:
+            loaded = super().from_pretrained(*args, **kwargs)
+        finally:
+            _LOADING.reset(loading)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if model._wanted is not None:
+            model.set_classes(model._wanted)
+            model._wanted = None
+        return loaded
+
+    @torch.no_grad()
+    def set_classes(self, id2label: dict[int, str]) -> None:
+        """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
+
+        A class is its text, a query position, a text position and a row of the class head. Known names, query texts or
+        display names, are matched by text; new ones become queries, with a warning for a trained model. Gradients stay
+        switched on or off as they are; make the optimiser afterwards.
+        Raises ValueError, changing nothing, for a list that `TqdmConfig` refuses, names too long for the position
+        table, new names after `freeze_text`, offloaded weights, and a class head with adapters or quantised weights.
+        """
+        config = copy.deepcopy(self.config)
+        config.set_classes(id2label)
+        rows = [
+            self.config.query_texts.index(text) if text in self.config.query_texts else None
+            for text in config.query_texts
+        ]
+        new = [text for text, row in zip(config.query_texts, rows, strict=True) if row is None]
+        if new and config.frozen_texts is not None:
+            raise ValueError(
+                f"this model has no text tower for {listed(new)}, only {listed(self.config.query_texts)}; load the "
+                "model it was made from"
+            )
+        queries = [module for module in self.modules() if isinstance(module, TextualQueries)]
+        tables = make_class_tables(self, rows)
+        if config.frozen_texts is None:
+            for module in queries:
+                module.set_texts(config)  # the last that can fail
+        for module, name, values in tables:
+            setattr(module, name, values)
+            if isinstance(module, nn.Linear):
+                module.out_features = len(rows) + 1
+            if isinstance(module, nn.Embedding):
+                module.num_embeddings = len(rows)
+        if config.frozen_texts is not None:
+            config.frozen_texts = list(config.query_texts)
+            for module in queries:
+                module.encoded = module.encoded[rows]
+        for name in ("id2label", "query_texts", "display_names", "token_ids", "frozen_texts"):
+            setattr(self.config, name, getattr(config, name))
+        if new and config.trained:
+            warnings.warn(f"classes without training: {', '.join(new)}; their parts are random", stacklevel=2)
+
+
+def choose_rows(config: TqdmConfig) -> dict[int, str] | None:
+    """Makes a configuration fit the weights of a model to be made; what its classes have to become after loading.
+
+    A model that is made and not loaded has rows for the names in `id2label`. Raises ValueError for names that trained
+    weights have no rows for.
+    """
+    wanted, ignore = config.id2label, _LOADING.get()
+    if config.class_names == config.row_names:
+        return None
+    unknown = [name for name, row in zip(wanted.values(), config.rows_of(wanted.values()), strict=True) if row is None]
+    if config.trained and (ignore is None or (unknown and not ignore)):
+        of = f"no training for {listed(unknown)}, only for {listed(config.query_texts)}" if unknown else "another order"
+        raise ValueError(
+            f"id2label: the weights have {of}; rename with display_names={{old: new}}, add queries with set_classes() "
+            "after loading, or from_pretrained(..., ignore_mismatched_sizes=True)"
+        )
+    if ignore is None:
+        config.set_classes(wanted)
+        return None
+    config.id2label = dict(enumerate(config.row_names))
+    return wanted
+
+
+def plain_layers(module: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """The layer itself, or the copies of it that peft's `modules_to_save` holds; raises ValueError for any other."""
+    if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):
+        return [plain_layers(layer, kind)[0] for layer in (module.original_module, *module.modules_to_save.values())]
+    if type(module) is not kind or not isinstance(module.weight, nn.Parameter) or not module.weight.is_floating_point():
+        raise ValueError(
+            f"set_classes() needs a plain {kind.__name__} per class and finds {type(module).__name__}; merge or remove "
+            "adapters and quantise afterwards"
+        )
+    return [module]
+
+
+def make_class_tables(model: nn.Module, rows: list[int | None]) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Every parameter with a row per class, as (module, name, parameter) of these rows of it; None: a random row."""
+    parts = list(model.modules())
+    pixels, texts, masks = (
+        [m for m in parts if isinstance(m, kind)] for kind in (PixelDecoder, TextualQueries, MaskDecoder)
+    )
+    config, count, tables = model.config, len(rows), []
+
+    def add(modules: list[nn.Module], name: str, fresh: Tensor, rows: list[int | None] = rows) -> None:
+        tables.extend((module, name, with_rows(getattr(module, name), rows, fresh)) for module in modules)
+
+    if config.text_to_pixel_attention:
+        add(pixels, "text_positions", torch.randn(count, config.hidden_size))
+    if config.queries == "random" and config.frozen_texts is None:
+        vectors = [layer for module in texts for layer in plain_layers(module.class_vectors, nn.Embedding)]
+        add(vectors, "weight", torch.randn(count, vectors[0].embedding_dim))
+    add(masks, "query_positions", torch.randn(count, config.hidden_size))
+    heads = [layer for module in masks for layer in plain_layers(module.class_head, nn.Linear)]
+    fresh = nn.Linear(config.hidden_size, count + 1)
+    rows = [*rows, heads[0].out_features - 1]  # the last row of the class head is no object
+    add(heads, "weight", fresh.weight, rows)
+    add(heads, "bias", fresh.bias, rows)
+    return tables
+
 
 class TqdmModel(TqdmPreTrainedModel):
     """Image -> class and mask logits of every class, before and after every decoder layer."""
+
+    _can_record_outputs = {
+        "hidden_states": VisionBlock,
+        "attentions": OutputRecorder(AttentionWeights, layer_name="vision_tower"),
+    }
 
     def __init__(self, config: TqdmConfig):
         super().__init__(config)
@@ -107,15 +252,24 @@ class TqdmModel(TqdmPreTrainedModel):
         """The patch convolution."""
         return self.vision_tower.get_input_embeddings()
 
-    @can_return_tuple
+    @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, encoded_text: Tensor | None = None, all_layers: bool = True
+        self,
+        pixel_values: Tensor,
+        encoded_text: Tensor | None = None,
+        all_layers: bool = True,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> TqdmModelOutput:
         """pixel_values (B, 3, H, W), normalised; encoded_text (K, E): a cached `text_queries.encode()`, or none.
 
         all_layers=False: only the last layer's predictions, which are all that inference needs.
+        output_hidden_states, output_attentions: of the vision tower, recorded by transformers.
         """
-        features, tokens = self.vision_tower(pixel_values)  # 4 x (B, D, h, w), (B, 1 + N, E)
+        check_images(pixel_values, self.config)
+        features, tokens = self.vision_tower(
+            pixel_values, output_attentions=output_attentions
+        )  # 4 x (B, D, h, w), (B, 1 + N, E)
         text = self.text_queries(tokens, encoded_text)  # (B, K, E)
         pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
         class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid, all_layers)
@@ -139,8 +293,11 @@ def semantic_scores(class_logits: Tensor, mask_logits: Tensor) -> Tensor:
 
 def with_rows(values: nn.Parameter, rows: list[int | None], fresh: Tensor) -> nn.Parameter:
     """A parameter of these rows of `values`, and of the same row of `fresh` where the number is None."""
+    if values.is_meta:
+        raise ValueError("set_classes() needs the weights, and they are offloaded; load the model onto one device")
     parts = [fresh[new] if old is None else values[old] for new, old in enumerate(rows)]
-    return nn.Parameter(torch.stack([part.to(values.device, values.dtype) for part in parts]))
+    rows = torch.stack([part.to(values.device, values.dtype) for part in parts])
+    return nn.Parameter(rows, requires_grad=values.requires_grad)
 
 
 class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
@@ -167,6 +324,8 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         output_logits: bool = True,
         use_windows: bool | None = None,
         all_layers: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
     ) -> TqdmSemanticSegmenterOutput:
         """Predict, and with labels compute the losses.
 
@@ -179,18 +338,27 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
         labels, where the image is larger than `config.window_size`.
         all_layers: raw predictions of every layer, by default only in training mode and with labels.
-        Raises ValueError for labels of another size, unknown ids, or an image under two patches a side.
+        output_hidden_states, output_attentions: as in `TqdmModel`; there are none with windows.
+        Raises ValueError, naming the argument, for images that are no normalised batch (B, 3, H, W) or under two
+        patches a side, and for labels of another size, type, or unknown ids.
         """
+        check_images(pixel_values, self.config)
         height, width = pixel_values.shape[-2:]
         if use_windows is None:
             use_windows = labels is None and not self.training and self.config.exceeds_window(height, width)
         if use_windows:
+            if output_hidden_states or output_attentions:
+                raise ValueError("windows have no hidden states of the whole image; pass use_windows=False")
             return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
 
         if labels is not None:
-            check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
+            labels = check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
             all_layers = True
-        outputs = self.model(pixel_values, all_layers=self.training if all_layers is None else all_layers)
+        self.note_mode(labels)
+        outputs = self.model(
+            pixel_values, all_layers=self.training if all_layers is None else all_layers, return_dict=True,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
         terms = None
         if labels is not None:
             terms = self.compute_losses(
@@ -273,7 +441,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
 
     def score(self, pixel_values: Tensor, encoded_text: Tensor | None = None) -> Tensor:
         """Scores (B, K, H, W) of images (B, 3, H, W), without windows; arguments as in `TqdmModel`."""
-        outputs = self.model(pixel_values, encoded_text, all_layers=False)
+        outputs = self.model(pixel_values, encoded_text, all_layers=False, return_dict=True)
         return self._scores(outputs, *pixel_values.shape[-2:])
 
     def window_scorer(self) -> Callable[[Tensor], Tensor]:
@@ -295,19 +463,18 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
 
         Stores the class texts as `freeze_text` does and replaces layers by those of fast_tqdm.py. Afterwards the model
         only predicts: training and saving raise ValueError, so save it before.
-        Raises ValueError for a model that is split over several devices.
+        Raises ValueError, changing nothing, for a model that is split over several devices, and for layers with
+        adapters, hooks, masks or quantised weights.
         """
         from .fast_tqdm import make_fast
 
         devices = set((getattr(self, "hf_device_map", None) or {}).values())
         if len(devices) > 1:
             raise ValueError(f"this model is split over {sorted(map(str, devices))}; load it onto one device first")
-        self.eval()
-        self.freeze_text()
         if not self.is_fast:
             make_fast(self.model)
             self.is_fast = True
-        return self
+        return self.eval()
 
     @contextmanager
     def cache_texts(self) -> Iterator[None]:
@@ -328,39 +495,12 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         return super().train(mode)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; raises ValueError after `prepare_for_inference`."""
+        """As in transformers; raises ValueError after `prepare_for_inference` and for names that cannot be loaded."""
         if self.is_fast:
             raise ValueError("prepare_for_inference() made this model for predicting only; load it again and save that")
+        if self.config.trained and None in self.config.rows_of(self.config.class_names):
+            self.config.check_rows()
         super().save_pretrained(*args, **kwargs)
-
-    @torch.no_grad()
-    def set_classes(self, id2label: dict[int, str]) -> None:
-        """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
-
-        A class is its text, a query position, a text position and a row of the class head.
-        Raises ValueError for a list that `TqdmConfig` refuses, for names too long for the position table, and for new
-        names after `freeze_text`.
-        """
-        before = self.config.class_names
-        if self.config.frozen_texts is not None and not set(id2label.values()) <= set(before):
-            new = sorted(set(id2label.values()) - set(before))
-            raise ValueError(f"this model has no text tower for {new}, only {before}; load the model it was made from")
-        self.config.set_classes(id2label)
-        rows = [before.index(name) if name in before else None for name in self.config.class_names]
-        pixel_decoder, mask_decoder = self.model.pixel_decoder, self.model.mask_decoder
-        width = self.config.hidden_size
-        if pixel_decoder.text_positions is not None:
-            pixel_decoder.text_positions = with_rows(pixel_decoder.text_positions, rows, torch.randn(len(rows), width))
-        if self.config.queries == "random":
-            table = self.model.text_queries.class_vectors
-            table.weight = with_rows(table.weight, rows, torch.randn(len(rows), table.embedding_dim))
-            table.num_embeddings = len(rows)
-        mask_decoder.query_positions = with_rows(mask_decoder.query_positions, rows, torch.randn(len(rows), width))
-        rows.append(len(before))  # the last row of the class head is no object
-        head, fresh = mask_decoder.class_head, nn.Linear(width, len(rows))
-        head.weight, head.bias = with_rows(head.weight, rows, fresh.weight), with_rows(head.bias, rows, fresh.bias)
-        head.out_features = len(rows)
-        self.model.text_queries.set_texts(rows[:-1])
 
 
 __all__ = [

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_tqdm import TqdmConfig, TqdmTextConfig
+from .configuration_tqdm import TqdmConfig, TqdmTextConfig, quote
 from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, additive_mask, initialise_clip_block
 
 
@@ -138,7 +138,7 @@ class ContextDecoder(nn.Module):
 
 
 class TextualQueries(nn.Module):
-    """One query per class name: frozen text tower with a learned prompt, then the context decoder (section 3.2)."""
+    """One query per class: frozen text tower with a learned prompt, then the context decoder (section 3.2)."""
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
@@ -147,11 +147,6 @@ class TextualQueries(nn.Module):
         self.context_decoder = ContextDecoder(config)
         self.gamma = nn.Parameter(torch.empty(embedding))
         if config.frozen_texts is not None:
-            if config.frozen_texts != config.class_names:
-                raise ValueError(
-                    f"this model was saved without its text tower, for {config.frozen_texts} only; load it with these "
-                    f"and choose with set_classes(), or load the whole model for {config.class_names}"
-                )
             self.register_buffer("encoded", torch.empty(config.num_labels, embedding))  # (K, E)
             return
         self.text_tower = TqdmTextModel._from_config(config.text_config)
@@ -161,42 +156,36 @@ class TextualQueries(nn.Module):
             self.prompt = nn.Embedding(config.text_config.num_prompt_tokens, width)
         else:
             self.class_vectors = nn.Embedding(config.num_labels, embedding)
-        self.set_texts()
+        config.resolve_token_ids()  # the prompt may have been edited since the configuration was made
+        self.set_texts(config)
 
-    def set_texts(self, rows: list[int | None] | None = None) -> None:
-        """Makes the token ids of the class list, which the configuration saves and the weights do not.
+    def set_texts(self, config: TqdmConfig) -> None:
+        """Takes the token ids of the query texts and of the reference texts: K rows each, padded with zeros.
 
-        rows: for frozen texts, every class's row in the previous list.
+        Lists, which no device and no loading of weights can lose. Raises ValueError as `token_table`.
         """
-        if self.config.frozen_texts is not None:
-            self.encoded, self.config.frozen_texts = self.encoded[rows], self.config.class_names
-            return
-        self.config.resolve_token_ids()  # the class list may have been edited since the configuration was made
-        device = self.gamma.device
-        self.register_buffer("class_ids", self._table(False).to(device), persistent=False)  # (K, L)
-        self.register_buffer("reference_ids", self._table(True).to(device), persistent=False)  # (K, L)
+        self.token_ids, self.reference_token_ids = self.token_table(config), self.token_table(config, prompted=True)
 
-    def _table(self, prompted: bool) -> Tensor:
-        """Token ids of the class names, or of the reference texts, padded with zeros: (K, L)."""
-        names = self.config.class_names
-        rows = [self.config.text_token_ids(name, prompted) for name in names]
-        room = self.config.text_config.max_position_embeddings
-        room -= 0 if prompted else self.config.text_config.num_prompt_tokens
-        for name, row in zip(names, rows, strict=True):
+    @staticmethod
+    def token_table(config: TqdmConfig, prompted: bool = False) -> list[list[int]]:
+        """Token ids of the texts, K rows padded with zeros; raises ValueError for texts longer than the positions."""
+        rows = [config.text_token_ids(text, prompted) for text in config.query_texts]
+        room = config.text_config.max_position_embeddings
+        room -= 0 if prompted else config.text_config.num_prompt_tokens
+        for text, row in zip(config.query_texts, rows, strict=True):
             if len(row) > room:
                 raise ValueError(
-                    f"class name {name!r} needs {len(row)} text positions{' inside reference_prompt' * prompted} and "
-                    f"{room} are left in the position table; use a shorter name, or weights with CLIP's 77 positions "
-                    "(published checkpoints keep only the first ones)"
+                    f"class name {quote(text)} needs {len(row)} text positions{' inside reference_prompt' * prompted} "
+                    f"and {room} are left in the position table; use a shorter name, or weights with CLIP's 77 "
+                    "positions (published checkpoints keep only the first ones)"
                 )
         length = max(map(len, rows))
-        return torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        return [row + [0] * (length - len(row)) for row in rows]
 
     def initialise(self) -> None:
         """Prompt and gamma with standard deviation 1, as published (the published code overwrites gamma's 1e-4).
 
-        Runs after construction and after loading; then it keeps loaded weights, restores the token ids and freezes the
-        text tower.
+        Runs after construction and after loading; then it keeps loaded weights and freezes the text tower.
         """
         init.trunc_normal_(self.gamma, std=1.0, a=-2.0, b=2.0)
         if self.config.frozen_texts is not None:
@@ -204,8 +193,6 @@ class TextualQueries(nn.Module):
             return
         if self.config.queries == "textual":
             init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
-        init.copy_(self.class_ids, self._table(False))
-        init.copy_(self.reference_ids, self._table(True))
         # Here and not in the constructor: loading replaces the parameters and their requires_grad.
         self.text_tower.requires_grad_(False)
 
@@ -213,19 +200,28 @@ class TextualQueries(nn.Module):
     def freeze(self) -> None:
         """Replaces text tower and prompt by the result of `encode`."""
         encoded = self.encode().detach().clone()
-        for part in ("text_tower", "prompt", "class_vectors", "class_ids", "reference_ids"):
+        for part in ("text_tower", "prompt", "class_vectors"):
             if hasattr(self, part):
                 delattr(self, part)
         self.register_buffer("encoded", encoded)
-        self.config.frozen_texts = self.config.class_names
+        self.config.frozen_texts = list(self.config.query_texts)
 
     def encode(self) -> Tensor:
-        """Text embeddings (K, E) of the prompted class names, the same for every image."""
+        """Text embeddings (K, E) of the prompted query texts, the same for every image."""
         if self.config.frozen_texts is not None:
             return self.encoded
+        device = self._device()
         table = self.prompt if self.config.queries == "textual" else self.class_vectors
-        rows = table(torch.arange(table.num_embeddings, device=self.class_ids.device))
-        return self.text_tower(self.class_ids, rows) if self.config.queries == "textual" else rows
+        rows = table(torch.arange(table.num_embeddings, device=device))
+        if self.config.queries == "random":
+            return rows
+        return self.text_tower(torch.tensor(self.token_ids, device=device), rows)  # (K, L)
+
+    def _device(self) -> torch.device:
+        """Where token ids go; of offloaded weights it is known to accelerate's hooks alone, which move inputs there."""
+        weight = self.text_tower.token_embedding.weight
+        offloaded = weight.is_meta and hasattr(self.text_tower.token_embedding, "_hf_hook")
+        return torch.device("cpu") if offloaded else weight.device
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:
@@ -235,7 +231,8 @@ class TextualQueries(nn.Module):
         """
         if self.config.frozen_texts is not None:
             raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
-        return F.normalize(self.text_tower(self.reference_ids), dim=-1)
+        reference_ids = torch.tensor(self.reference_token_ids, device=self._device())  # (K, L)
+        return F.normalize(self.text_tower(reference_ids), dim=-1)
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:
         """visual (B, 1 + N, E) image and patch tokens; encoded: a stored result of `encode` -> queries (B, K, E)."""

@@ -88,6 +88,7 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     if options.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     net, teacher = net.to(device).train(), teacher.to(device).train()
+    net.config.trained = True  # what this run saves
     if options.channels_last:
         net = net.to(memory_format=torch.channels_last)
     groups = parameter_groups(

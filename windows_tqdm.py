@@ -1,15 +1,44 @@
-"""Inference on images of any size: sliding windows, test-time augmentation, class ids.
+"""Inference on images of any size: sliding windows, test-time augmentation, class ids; and the check of what comes in.
 
 Letters: B batch, K classes, H, W image, h, w window or result.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers.utils import logging
 
-from .configuration_tqdm import TqdmConfig
+from .configuration_tqdm import TqdmConfig, quote
 from .layers_tqdm import resize
+
+logger = logging.get_logger(__name__)
+
+
+def check_images(pixel_values: Any, config: TqdmConfig) -> None:
+    """Raises ValueError, saying what came, unless this is a batch (B, 3, H, W) of normalised, finite images."""
+    channels = config.vision_config.num_channels
+    if not isinstance(pixel_values, Tensor):
+        came = f"a {type(pixel_values).__name__}"
+    elif pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.numel():
+        came = f"a tensor {tuple(pixel_values.shape)}"
+    elif not pixel_values.is_floating_point():
+        came = f"a tensor of {pixel_values.dtype}"
+    elif pixel_values.device.type == "cpu" and not is_traced() and not pixel_values.isfinite().all():
+        came = "NaN or inf"
+    else:
+        return
+    raise ValueError(
+        f"pixel_values must be normalised images, a float tensor (batch, {channels}, height, width), not {came}; the "
+        "image processor makes it"
+    )
+
+
+def is_traced() -> bool:
+    """True while a graph is traced or in FakeTensor mode, where values are unknown."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
 
 
 def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
@@ -138,6 +167,7 @@ class Segmenter:
         score: a `window_scorer()`; made here if not given.
         """
         config, score = self.config, score or self.window_scorer()
+        config.check_windows()
         return slide(
             score, pixel_values, config.num_labels, config.window_size, config.window_stride,
             self.window_batch_size(pixel_values.device),
@@ -158,10 +188,9 @@ class Segmenter:
         flip: average every view with its mirror image.
         softmax_views: put each view's scores through a softmax over the classes before averaging, as the published code
         does; the scores are sums of probabilities already, so this only flattens their differences.
-        Raises ValueError in training mode.
+        Raises ValueError in training mode, and, naming the argument, for views that are no images of one batch.
         """
-        self._check_mode()
-        views = [views] if isinstance(views, Tensor) else views
+        views = self._check_views(views, size)
         size = views[0].shape[-2:] if size is None else size
         score = self.window_scorer()
 
@@ -179,8 +208,7 @@ class Segmenter:
         softmax_views: bool = False,
     ) -> Tensor:
         """Class ids (B, h, w) int64; arguments as in `segment`."""
-        self._check_mode()
-        views = [views] if isinstance(views, Tensor) else views
+        views = self._check_views(views, size)
         view = views[0]
         plain = len(views) == 1 and not flip and not softmax_views and size in (None, tuple(view.shape[-2:]))
         # On CPUs argmax over the classes would take four times as long as max.
@@ -196,6 +224,35 @@ class Segmenter:
         )  # fmt: skip
         return torch.cat([strip.max(1).indices for strip in strips], along)
 
-    def _check_mode(self) -> None:
+    def _check_views(self, views: Any, size: Any) -> list[Tensor]:
+        """The views as a list, with the arguments checked; windows of other settings than these would be gaps."""
         if self.training:
             raise ValueError("segment() predicts, which training mode would disturb; call model.eval() first")
+        views = list(views) if isinstance(views, list | tuple) else [views]
+        if not views:
+            raise ValueError("segment() got an empty list; pass pixel_values, or the same images at several scales")
+        for view in views:
+            check_images(view, self.config)
+        batches = [len(view) for view in views]
+        if len(set(batches)) > 1:
+            raise ValueError(f"the views are of the same images, but there are {quote(batches)} images in them")
+        if size is not None and not (
+            len(tuple(size)) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+        ):
+            raise ValueError(f"size is {quote(size)} and must be (height, width) in pixels")
+        self.config.check_windows()
+        self.note_mode()
+        return views
+
+    def note_mode(self, labels: Tensor | None = None) -> None:
+        """A training step makes the model a trained one; predictions of one that is not trained warn, once."""
+        if torch.compiler.is_compiling():
+            return
+        self.config.check_rows()
+        if labels is not None and self.training:
+            self.config.trained = True
+        elif labels is None and not self.config.trained:
+            logger.warning_once(
+                "this model is the start of a training: its predictions mean nothing. Train it first, or, if it is "
+                "trained, set config.trained = True and save it"
+            )

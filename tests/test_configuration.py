@@ -59,6 +59,7 @@ def test_editing_id2label_in_the_file_is_enough(tmp_path):
     file.write_text(json.dumps(fields))
     config = TqdmConfig.from_pretrained(tmp_path)
     assert config.num_labels == 2 and config.label2id == {"mud": 0, "road": 1}
+    config.set_classes(config.id2label)
     assert set(config.token_ids) == {"mud", "road", "a clean origami of a"}
 
 

@@ -326,7 +326,7 @@ def pack(request, monkeypatch) -> Pack:
     fields = {key: value for key, value in config.to_dict().items() if key in TqdmConfig.__dataclass_fields__}
     text = {**config.text_config.to_dict(), "max_position_embeddings": 77, "num_prompt_tokens": 2}  # read off the file
     fields |= {"vision_config": config.vision_config.to_dict(), "text_config": text}
-    del fields["id2label"], fields["label2id"]
+    del fields["id2label"], fields["label2id"], fields["query_texts"]
     monkeypatch.setitem(PRESETS, pack.name, fields)
     return pack
 

@@ -121,7 +121,7 @@ def test_a_class_list_edited_in_the_configuration_before_building_is_used():
     config = micro_config()
     config.id2label = {0: "mud", 1: "road"}
     model = TqdmForSemanticSegmentation(config)
-    assert model.model.text_queries.class_ids.tolist()[1][:3] == [49406, 1759, 49407]
+    assert model.model.text_queries.token_ids[1][:3] == [49406, 1759, 49407]
     assert model.model.mask_decoder.class_head.out_features == 3
 
 
@@ -135,7 +135,7 @@ def test_a_name_too_long_for_the_position_table_is_refused():
 
 def test_padding_of_texts_changes_nothing(model):
     queries = model.model.text_queries
-    ids = queries.class_ids
+    ids = torch.tensor(queries.token_ids)
     with torch.no_grad():
         longer = queries.text_tower(torch.nn.functional.pad(ids, (0, 7)), queries.prompt.weight)
         same(longer, queries.encode())

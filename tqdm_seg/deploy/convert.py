@@ -205,7 +205,7 @@ def load_published(
         "max_position_embeddings": len(_tensor(state, "text_encoder.positional_embedding")),
         "num_prompt_tokens": _tensor(state, "contexts").shape[1],
     }
-    config = TqdmConfig.from_preset(preset, id2label=dict(enumerate(names)), text_config=text)
+    config = TqdmConfig.from_preset(preset, id2label=dict(enumerate(names)), text_config=text, trained=True)
     check_architecture(weights, config)
     model = TqdmForSemanticSegmentation(config)
     load_exactly(model, weights, set(model.state_dict()))
