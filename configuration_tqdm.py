@@ -441,11 +441,6 @@ class TqdmConfig(PreTrainedConfig):
         """What the class of every row of the weights is called."""
         return [(self.display_names or {}).get(text, text) for text in self.query_texts]
 
-    @property
-    def reference_texts(self) -> list[str]:
-        """The query texts inside `reference_prompt`, in row order."""
-        return [self.reference_prompt.replace("{class}", text) for text in self.query_texts]
-
     def rows_of(self, names: Sequence[str]) -> list[int | None]:
         """The row of the weights of each class, by its name or query text; None for those that have none."""
         rows = {text: row for row, text in enumerate(self.query_texts)}

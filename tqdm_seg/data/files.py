@@ -90,7 +90,7 @@ def parse_json(
 
 
 def plain_name(name: object, source: str | Path) -> str:
-    """`name`, which `source` gives for a file in a folder of its own; raises ValueError for a path, such as '../x'."""
+    """`name`, which `source` gives for a file in its own folder; raises ValueError for a path, such as '../x'."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
     if not plain:
         raise ValueError(f"{source} names a file {cut(repr(name), 60)}; expected a plain file name, without a folder")
