@@ -673,4 +673,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+TqdmConfig.register_for_auto_class()
+
 __all__ = ["CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig"]

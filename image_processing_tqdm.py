@@ -275,4 +275,6 @@ def _size_text(image: Tensor) -> str:
     return "x".join(map(str, image.shape[-2:]))
 
 
+TqdmImageProcessor.register_for_auto_class()
+
 __all__ = ["TqdmImageProcessor", "fitted_size"]

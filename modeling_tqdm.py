@@ -129,6 +129,15 @@ class TqdmPreTrainedModel(TqdmBaseModel):
             model._wanted = None
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the folder gets this code and the names by which every Auto class finds it."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_tqdm.TqdmConfig",
+            "AutoModel": "modeling_tqdm.TqdmModel",
+            "AutoModelForSemanticSegmentation": "modeling_tqdm.TqdmForSemanticSegmentation",
+        }
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
@@ -502,6 +511,9 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             self.config.check_rows()
         super().save_pretrained(*args, **kwargs)
 
+
+TqdmModel.register_for_auto_class("AutoModel")
+TqdmForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
     "TqdmForSemanticSegmentation",
