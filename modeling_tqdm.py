@@ -364,10 +364,10 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             labels = check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
             all_layers = True
         self.note_mode(labels)
-        outputs = self.model(
-            pixel_values, all_layers=self.training if all_layers is None else all_layers, return_dict=True,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
+        all_layers = self.training if all_layers is None else all_layers
+        outputs = self.model(pixel_values, all_layers=all_layers, return_dict=True, **recorded)
         terms = None
         if labels is not None:
             terms = self.compute_losses(
