@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..program import cut
 
 _PACKAGE = Path(__file__).parents[1]
 MARK = ".tqdm-seg"
@@ -95,12 +96,6 @@ def plain_name(name: object, source: str | Path) -> str:
     if not plain:
         raise ValueError(f"{source} names a file {cut(repr(name), 60)}; expected a plain file name, without a folder")
     return str(name)
-
-
-def cut(text: object, length: int = 60) -> str:
-    """The text on one line, no longer than `length`."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= length else line[: length - 3] + "..."
 
 
 # ---- OUT is ours

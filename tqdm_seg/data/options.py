@@ -238,7 +238,6 @@ class CheckOptions:
 
     folders: tuple[str, ...] = option(
         nargs="+",
-        type=str,
         metavar="FOLDER",
         help="folders that `prepare` made, or URLs (hf://datasets/..., https://...)",
     )
@@ -281,6 +280,6 @@ class AuditOptions:
 
     def __post_init__(self):
         if self.minutes is not None and self.minutes < 0:
-            raise ValueError(f"--minutes {self.minutes:g} is negative")
+            raise ValueError(f"--minutes {self.minutes:g} must be 0 or more")
         if not 0 <= self.distance < 32:
             raise ValueError(f"--distance {self.distance} is not between 0 and 31")
