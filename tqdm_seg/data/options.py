@@ -109,7 +109,6 @@ class FolderOptions(PrepareOptions):
     pairs: tuple[Path, ...] = option(
         (),
         group="which frames",
-        type=Path,
         metavar="LIST",
         help="text files of pairs instead of all images: image,mask[,split[,scene]] per line, paths under ROOT and "
         "MASKS; without a split it is that in the list's name (val.lst), else train",
