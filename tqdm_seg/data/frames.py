@@ -123,8 +123,8 @@ class PlainRows:
                 raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(columns)}")
             if not _holds_files(columns[column]):
                 raise ValueError(
-                    f"column {column!r} of {self.source} holds {cut(columns[column])}, expected images; name the column "
-                    "of the masks by --label-column, that of the images by --image-column"
+                    f"column {column!r} of {self.source} holds {cut(columns[column])}, expected images; name "
+                    "the column of the masks by --label-column, that of the images by --image-column"
                 )
             rows = rows.cast_column(column, datasets.Image(decode=False))
         if shuffle_seed is None:
