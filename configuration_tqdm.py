@@ -456,6 +456,17 @@ class TqdmConfig(PreTrainedConfig):
                 "config.rename_classes() for other names"
             )
 
+    @property
+    def custom_pipelines(self) -> dict[str, Any]:
+        """The pipeline of a folder's code, which `transformers.pipeline` takes where that code is trusted.
+
+        Made for each reader, as `pipeline` writes classes into it, which no config.json can hold.
+        """
+        if not type(self).__module__.startswith("transformers_modules."):
+            return {}
+        impl = "image_processing_tqdm.TqdmImageSegmentationPipeline"
+        return {"image-segmentation": {"impl": impl, "pt": ["AutoModelForSemanticSegmentation"]}}
+
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Changes the class list of a model to be made. Known names keep their query text, new ones are their own.
 

@@ -77,7 +77,7 @@ def changes_on_packs(variant: str) -> dict[str, float]:
 def class_ids(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, path: Path) -> torch.Tensor:
     """Class ids of an image at its own size."""
     image = np.asarray(Image.open(path).convert("RGB"))
-    return predict(model, processor, Protocol().views(image, processor), image.shape[:2], Protocol())
+    return predict(model, processor, Protocol().views(image, processor), image.shape[:2], Protocol(), str(path))
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:

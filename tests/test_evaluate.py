@@ -281,7 +281,7 @@ def test_augmented_test_is_the_mean_over_scales_and_mirror_images_by_hand(model,
                 scores = net(flipped).logits
             scores = torch.nn.functional.interpolate(scores, SIZE, mode="bilinear").softmax(1)
             total = total + (scores if flipped is resized else scores.flip(-1))
-    found = predict(net, processor, protocol.views(frame.image, processor), SIZE, protocol)
+    found = predict(net, processor, protocol.views(frame.image, processor), SIZE, protocol, frame.key)
     assert torch.equal(found.long(), total[0].argmax(0))
 
 
