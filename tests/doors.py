@@ -179,7 +179,7 @@ class Doors:
     def prepared(self, path: Path, jpeg: int | None = None) -> np.ndarray:
         """(H, W, 3) uint8 by the loader, of what `tqdm-seg prepare` stores."""
         options = PrepareOptions(root=path.parent, out=self.folder / "out", jpeg=jpeg)
-        frame, _ = read_pair("key", Pair("train", "", path, self.label(path)), MAP, options)
+        frame, *_ = read_pair("key", Pair("train", "", path, self.label(path)), MAP, options)
         return decode_rgb(frame.image, str(path))
 
     def by_plain_rows(self, path: Path) -> np.ndarray:
