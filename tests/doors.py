@@ -164,7 +164,10 @@ class Doors:
         save_model_folder(self.model, self.processor, folder)
         modules = str(folder.with_name("modules"))
         with patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules), patch("sys.path", [*sys.path]):
-            return pipeline("image-segmentation", model=str(folder), trust_remote_code=True)
+            made = pipeline("image-segmentation", model=str(folder), trust_remote_code=True)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+            del sys.modules[name]  # else the next folder's code would be looked for in this one's
+        return made
 
     def ids(self, image: object, **options) -> np.ndarray:
         """By the image processor."""
