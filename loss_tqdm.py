@@ -4,6 +4,8 @@ Letters: B batch, K classes = textual queries, L predictions (bare queries and e
 P points, E image-text width, H, W image, h, w mask logits.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,25 +96,45 @@ def sample_logits(mask_logits: Tensor, points: Tensor) -> Tensor:
     return F.grid_sample(logits, grid, align_corners=False).view(points.shape[:-1])
 
 
+def mix_bits(x: Tensor) -> Tensor:
+    """Whole numbers (...) int32 -> others that look random (the hash "lowbias32"); on every device the same."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        x = (x ^ (x >> shift & 2 ** (32 - shift) - 1)) * factor
+    return x ^ (x >> 16 & 0xFFFF)
+
+
+def uniform(seeds: Tensor, shape: Sequence[int]) -> Tensor:
+    """Random numbers (S, *shape) in 0 ... 1; those of a seed, of seeds (S,) int32, depend on nothing else."""
+    index = torch.arange(math.prod(shape), dtype=torch.int32, device=seeds.device)
+    bits = mix_bits(mix_bits(index) + mix_bits(seeds)[:, None])
+    return ((bits >> 8 & 0xFFFFFF).float() * 2**-24).unflatten(1, tuple(shape))
+
+
 @torch.no_grad()
 def choose_points(
-    mask_logits: Tensor, extent: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float
-) -> Tensor:
+    mask_logits: Tensor, extent: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float,
+    seeds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Random points (L, M, P, 2), x, y in 0 ... 1 of the image, most of them where the masks are least certain.
 
     PointRend's importance sampling: of num_points times oversample_ratio uniform points, those with the smallest
     |logit| make up importance_sample_ratio of the result; the rest is uniform.
-    mask_logits (L, M, h, w); extent (2): the image's share x, y of the logits' area.
+    mask_logits (L, M, h, w); extent (2): the image's share x, y of the logits' area. seeds (M,) int32: of the masks,
+    see `uniform`; without them torch's generator draws.
     """
     predictions, masks = mask_logits.shape[:2]
     uncertain = int(importance_sample_ratio * num_points)
-    candidates = torch.rand(
-        predictions, masks, int(num_points * oversample_ratio), 2, device=mask_logits.device
-    )  # (L, M, S, 2)
+    size, fresh_size = int(num_points * oversample_ratio), num_points - uncertain
+    if seeds is None:
+        candidates, fresh = (
+            torch.rand(predictions, masks, count, 2, device=mask_logits.device) for count in (size, fresh_size)
+        )
+    else:
+        points = uniform(seeds, (predictions, size + fresh_size, 2)).transpose(0, 1)
+        candidates, fresh = points.split((size, fresh_size), 2)  # (L, M, S, 2), (L, M, P - U, 2)
     certainty = sample_logits(mask_logits, candidates * extent).abs()  # (L, M, S)
     index = certainty.topk(uncertain, -1, largest=False, sorted=False).indices  # (L, M, U)
     chosen = candidates.gather(2, index[..., None].expand(-1, -1, -1, 2))
-    fresh = torch.rand(predictions, masks, num_points - uncertain, 2, device=mask_logits.device)
     return torch.cat((chosen, fresh), 2)
 
 

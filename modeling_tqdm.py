@@ -38,6 +38,7 @@ from .loss_tqdm import (
     count_losses,
     dice_loss,
     mask_loss,
+    mix_bits,
     sample_labels,
     sample_logits,
     score_map_loss,
@@ -128,15 +129,6 @@ class TqdmPreTrainedModel(TqdmBaseModel):
             model.set_classes(model._wanted)
             model._wanted = None
         return loaded
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; the folder gets this code and the names by which every Auto class finds it."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_tqdm.TqdmConfig",
-            "AutoModel": "modeling_tqdm.TqdmModel",
-            "AutoModelForSemanticSegmentation": "modeling_tqdm.TqdmForSemanticSegmentation",
-        }
-        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def set_classes(self, id2label: dict[int, str]) -> None:
@@ -330,6 +322,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         reference_image_embedding: Tensor | None = None,
         reference_text_embedding: Tensor | None = None,
         loss_counts: LossCounts | None = None,
+        sample_seeds: Tensor | None = None,
         output_logits: bool = True,
         use_windows: bool | None = None,
         all_layers: bool | None = None,
@@ -343,6 +336,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         reference_image_embedding (B, E): of the teacher; without it there is no visual loss.
         reference_text_embedding (K, E): `model.text_queries.encode_reference()`; computed here if not given.
         loss_counts: what the losses are divided by where this batch is part of a larger one, see `LossCounts`.
+        sample_seeds (B,) int32: of every image's points in the mask losses, which then do not depend on its batch.
         output_logits: False leaves out the full-size scores, which training does not need.
         use_windows: slide windows over the image (then `logits` is the only field); by default in eval mode without
         labels, where the image is larger than `config.window_size`.
@@ -364,14 +358,20 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             labels = check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
             all_layers = True
         self.note_mode(labels)
-        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
-        all_layers = self.training if all_layers is None else all_layers
-        outputs = self.model(pixel_values, all_layers=all_layers, return_dict=True, **recorded)
+        outputs = self.model(
+            pixel_values, all_layers=self.training if all_layers is None else all_layers, return_dict=True,
+            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
+        )  # fmt: skip
         terms = None
         if labels is not None:
             terms = self.compute_losses(
-                outputs, labels, mask_index, reference_image_embedding, reference_text_embedding, loss_counts
+                outputs,
+                labels,
+                mask_index,
+                reference_image_embedding,
+                reference_text_embedding,
+                loss_counts,
+                sample_seeds,
             )
         logits = self._scores(outputs, height, width) if output_logits else None
         return TqdmSemanticSegmenterOutput(
@@ -389,6 +389,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         reference_image_embedding: Tensor | None = None,
         reference_text_embedding: Tensor | None = None,
         loss_counts: LossCounts | None = None,
+        sample_seeds: Tensor | None = None,
         points: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Every weighted term by name; arguments as in `forward`.
@@ -408,8 +409,9 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
         extent = make_vector((width / columns, height / rows), mask_logits.device)
         if points is None:
+            seeds = None if sample_seeds is None else mix_bits(sample_seeds)[image] + wanted.int()
             points = choose_points(
-                mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio
+                mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio, seeds
             )
         point_logits = sample_logits(mask_logits, points * extent)  # (L, M, P)
         targets = sample_labels(labels, mask_index, points)  # (L, M, P)
@@ -511,9 +513,6 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             self.config.check_rows()
         super().save_pretrained(*args, **kwargs)
 
-
-TqdmModel.register_for_auto_class("AutoModel")
-TqdmForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
     "TqdmForSemanticSegmentation",

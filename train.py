@@ -35,6 +35,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.program import takes
 from tqdm_seg.training.batches import first_now, model_inputs, step_batches
 from tqdm_seg.training.build import build_model, check_sizes, choose_trained, make_accelerator, open_data
+from tqdm_seg.training.chance import Chance, draw_by_sample
 from tqdm_seg.training.checkpoint import load_checkpoint, newest_checkpoint, prune, training_state, write_checkpoint
 from tqdm_seg.training.log import Log, RecentLosses, StopSignal
 from tqdm_seg.training.optimisation import (
@@ -85,6 +86,9 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     teacher = Teacher(net, options.teacher_drop_path, TEACHER_DTYPES[options.teacher_precision])
     choose_trained(net, options.vision, options.lora_rank)
     convert_batch_norm(net, device)
+    chance = Chance()
+    for part in (net, teacher):
+        draw_by_sample(part, chance)
     if options.gradient_checkpointing:
         net.gradient_checkpointing_enable()
     net, teacher = net.to(device).train(), teacher.to(device).train()
@@ -103,7 +107,7 @@ def train_once(options: TrainOptions) -> dict[str, object]:
 
     data = {"training data": training, "evaluation data": validation}
     facts = run_facts(options, number_format(accelerator), processes, data)
-    run = Run(options, accelerator, net, *accelerator.prepare(net, optimizer), average, teacher)
+    run = Run(options, accelerator, net, *accelerator.prepare(net, optimizer), average, teacher, chance)
     first_step = run.resume(facts)
     batches = first_now(step_batches(options, training, first_step, process, processes))
     accelerator.wait_for_everyone()  # all have looked for an earlier run
@@ -170,23 +174,26 @@ class Run:
     optimizer: torch.optim.Optimizer
     average: TqdmForSemanticSegmentation | None
     teacher: Teacher
+    chance: Chance
 
     def step(self, step: int, parts: list[dict[str, Tensor]], recent: RecentLosses) -> Tensor:
         """One optimiser step over the accumulated batches; adds their losses to `recent`, returns the gradient norm."""
         options, accelerator = self.options, self.accelerator
         published = options.loss_counts == "published"
         counts = step_counts([batch_counts(part, self.net) for part in parts], accelerator.device, published)
-        for number, (batch, part_counts) in enumerate(zip(parts, counts, strict=True)):
+        for batch, part_counts in zip(parts, counts, strict=True):
             inputs = model_inputs(batch, accelerator.device)
             if options.compile:  # one graph for any number of masks, which changes from batch to batch
                 torch._dynamo.maybe_mark_dynamic(inputs["mask_index"], 0)
-            # Dropout and the points of the mask losses draw from torch's global generator.
-            seed = np.random.SeedSequence([options.seed, step, number, accelerator.process_index])
-            torch.manual_seed(int(seed.generate_state(1)[0]))
+            # The same for all parts of a step: what differs between them is chance by sample.
+            torch.manual_seed(int(np.random.SeedSequence([options.seed, step]).generate_state(1)[0]))
+            self.chance.seeds = batch["chance"].to(accelerator.device, non_blocking=True)
             with accelerator.accumulate(self.model):
                 with accelerator.autocast():
                     inputs |= self.teacher(inputs["pixel_values"])
-                outputs = self.model(**inputs, loss_counts=part_counts, output_logits=False)
+                outputs = self.model(
+                    **inputs, loss_counts=part_counts, sample_seeds=self.chance.seeds, output_logits=False
+                )
                 loss, losses = outputs.loss, outputs.losses
                 del outputs  # mask logits of all layers, which the backward pass does not need
                 accelerator.backward(loss)

@@ -15,6 +15,7 @@ import pytest
 
 from tqdm_seg.commands import start
 from tqdm_seg.data.scenes import canonical_name
+from tqdm_seg.evaluation.class_sets import CLASS_SETS
 from tqdm_seg.evaluation.counts import FrameTable, read_table, write_table
 from tqdm_seg.reports import comparison, comparison_text
 from tqdm_seg.reports.comparison import bootstrap, compare_tables
@@ -43,10 +44,11 @@ def refusal(capsys, *arguments) -> str:
 
 
 def rows(markdown: str, heading: str = "Scenes") -> list[list[str]]:
-    """Cells of the table under a heading, without bold."""
+    """Cells of the table under a heading, without bold and what the means are over."""
     part = markdown.split(f"## {heading}\n")[1].split("\n## ")[0].replace("**", "")
     lines = [line for line in part.splitlines() if line.startswith("|")][2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [[*row[:5], *row[6:]] for row in cells]
 
 
 def published_form(markdown: str) -> list[tuple[str, ...]]:
@@ -67,12 +69,12 @@ def as_layout(table: FrameTable, layout: int, rng: np.random.Generator) -> str:
         parts = [counts // 3, counts // 5]
         parts.append(counts - sum(parts))
         for part, share in zip(parts, (1, 2, frames - 3), strict=True):
-            hits, ground_truth, predicted = part.diagonal(), part.sum(1), part.sum(0)
+            hits, truth, predicted = part.diagonal(), part.sum(1), part.sum(0)
             values = {"scene": scene if rng.random() < 0.5 else canonical_name(scene), "n_frames": share}
             values |= {f"{t}-{p}": part[t, p] for t in (0, 1) for p in (0, 1)}
             for k in (0, 1):
-                values |= {f"class{k}_intersect": hits[k], f"class{k}_union": ground_truth[k] + predicted[k] - hits[k]}
-                values |= {f"class{k}_pred_label": predicted[k], f"class{k}_label": ground_truth[k]}
+                values |= {f"class{k}_intersect": hits[k], f"class{k}_union": truth[k] + predicted[k] - hits[k]}
+                values |= {f"class{k}_pred_label": predicted[k], f"class{k}_label": truth[k]}
             lines.append(",".join(str(values[name]) for name in header))
     return "\n".join([",".join(header), *rng.permutation(lines)]) + "\n"
 
@@ -80,12 +82,12 @@ def as_layout(table: FrameTable, layout: int, rng: np.random.Generator) -> str:
 def random_table(seed: int, classes: int = 4, scenes: int = 6, rows: int = 40) -> FrameTable:
     """Frames of made-up scenes; the ground truth depends on the number of rows, not on the seed."""
     shared, rng = np.random.default_rng(rows), np.random.default_rng(seed)
-    ground_truth = shared.integers(0, 1000, (rows, classes))
-    ground_truth[:, -1] = 0
+    truth = shared.integers(0, 1000, (rows, classes))
+    truth[:, -1] = 0
     counts = np.zeros((rows, classes, classes + 1), np.int64)
     for row, of_class in np.ndindex(rows, classes):
         shares = rng.dirichlet(np.where(np.arange(classes + 1) == of_class, 3, 0.4))
-        counts[row, of_class] = rng.multinomial(ground_truth[row, of_class], shares)
+        counts[row, of_class] = rng.multinomial(truth[row, of_class], shares)
     return FrameTable(
         frames=[f"frames/{row}.png" for row in range(rows)],
         scenes=[f"place{row % scenes}" for row in range(rows)],
@@ -143,7 +145,7 @@ def test_overall_is_pooled_and_the_scene_mean_is_called_that(capsys):
 def test_the_published_key_findings_come_out(capsys):
     findings = run(capsys, FILE1, FILE2, "--anyway").split("## Key findings")[1].split("##")[0]
     for finding in (
-        "Overall mIoU: 85.57 % → 89.74 % (+4.17%).",
+        "Overall mIoU: 85.57 % → 89.74 % (+4.17%), over 2 classes.",
         "road3d_counts_file2 is better in 20 and worse in 6 of 26 scenes.",
         "Largest gains: 0609-1923 (+29.23%), 0609-1924 (+22.93%).",
         "Largest loss: 2021-0223-1700 (-3.88%).",
@@ -292,7 +294,7 @@ def test_more_than_two_classes_get_a_table_of_their_own(capsys, pair):
     a, b = (table_.counts.sum(0) for table_ in (random_table(0, classes=3), random_table(1, classes=3)))
     a, b = (counts[0, 0] / (counts[0].sum() + counts[:, 0].sum() - counts[0, 0]) for counts in (a, b))
     assert table[0][1:] == [f"{a:.4f}", f"{b:.4f}", f"{(b - a) * 100:+.2f}%"]
-    # Never in the ground truth, but predicted: 0, not undefined.
+    # Never in the truth, but predicted: 0, not undefined.
     assert table[2][1:3] == ["0.0000", "0.0000"]
 
 
@@ -506,7 +508,36 @@ def test_bad_tables_and_missing_files_are_named(capsys, tmp_path):
     assert "folder not found" in refusal(capsys, FILE1, FILE2, "--anyway", "--csv", tmp_path / "none" / "o.csv")
 
 
+def test_every_row_says_how_many_classes_its_means_are_over(capsys, pair):
+    first, second = random_table(0), random_table(1)
+    first.counts[:, 3] = second.counts[:, 3] = 0
+    first.counts[:, :, 3] = 0
+    printed = run(capsys, *pair(first, second), "--anyway")
+    assert "over 3 / 4 of 4 classes" in printed and "| 3 / 4 of 4 |" in printed
+    printed = run(capsys, *pair(first, second), "--anyway", "--class-set", "common")
+    assert "over 3 of 4 classes" in printed and "Means are over the classes" in printed
+
+
+def test_class_sets_are_means_of_the_same_counts(capsys, pair):
+    names = [*CLASS_SETS["synthia-16"], "terrain", "truck", "train"]
+    tables = [replace(wide_table(seed), classes=names) for seed in (0, 1)]
+    found = compare_tables([table.with_class_set("synthia-16") for table in tables], ("a", "b"))
+    iou = found.overall.iou
+    assert found.overall.miou == pytest.approx(iou[:, :16].mean(1).tolist(), abs=1e-12)
+    assert found.overall.classes == (16, 16)
+    wrong = refusal(capsys, *pair(tables[0].with_class_set("synthia-13"), tables[1]))
+    assert "synthia-13 and all classes" in wrong and "--class-set" in wrong
+    assert "'tram'" in refusal(capsys, *pair(*tables), "--class-set", "road,tram")
+    assert "over 13 of 19 classes" in run(capsys, *pair(*tables), "--class-set", "synthia-13", "--anyway")
+
+
+def wide_table(seed: int) -> FrameTable:
+    """Counts of four frames of 19 classes."""
+    counts = np.random.default_rng(seed).integers(1, 100, (4, 19, 20))
+    return FrameTable([*"abcd"], [*"wxyz"], {}, counts, list(map(str, range(19))), {})
+
+
 def test_the_csv_output_is_one_table(capsys, pair, tmp_path):
     run(capsys, *pair(random_table(0), random_table(1)), "--csv", tmp_path / "o.csv")
     widths = {len(line) for line in csv.reader(io.StringIO((tmp_path / "o.csv").read_text()))}
-    assert widths == {8 + 2 * 4 + 1}
+    assert widths == {10 + 2 * 4 + 1}

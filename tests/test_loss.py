@@ -19,6 +19,7 @@ from tqdm_seg.loss_tqdm import (
     score_map_loss,
     supervised_masks,
     textual_loss,
+    uniform,
 )
 
 
@@ -138,3 +139,23 @@ def test_score_map_loss_of_only_ignored_pixels_is_zero():
 def test_wrong_labels_are_named(labels, images, change, message):
     with pytest.raises(ValueError, match=message):
         check_labels(change(labels), images, 3, 255)
+
+
+def test_numbers_by_seed_are_uniform_and_depend_on_nothing_else():
+    seeds = torch.tensor([3, 2**31 - 1, 3, 0], dtype=torch.int32)
+    numbers = uniform(seeds, (50, 400))
+    assert torch.equal(numbers[0], numbers[2]) and torch.equal(numbers[1:2], uniform(seeds[1:2], (50, 400)))
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.stack([torch.histc(row, 100, 0, 1) for row in numbers])
+    assert ((counts - 200) ** 2 / 200).sum(1).max() < 170  # chi squared of 99 degrees; 148 is a thousandth
+    pairs = torch.corrcoef(torch.stack([numbers[0].flatten(), numbers[1].flatten(), numbers[0].flatten().roll(1)]))
+    assert (pairs - torch.eye(3)).abs().max() < 0.03
+
+
+def test_points_by_seed_do_not_depend_on_the_other_masks():
+    logits = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    seeds = torch.tensor([5, 6, 7], dtype=torch.int32)
+    points = choose_points(logits, torch.ones(2), 40, 3.0, 0.75, seeds)
+    alone = choose_points(logits[:, 1:2], torch.ones(2), 40, 3.0, 0.75, seeds[1:2])
+    torch.testing.assert_close(points[:, 1:2].sort(2).values, alone.sort(2).values)
+    assert not torch.equal(points[:, 0], points[:, 1])

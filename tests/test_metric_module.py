@@ -62,7 +62,7 @@ def test_it_agrees_with_our_scores_however_the_images_are_added(load, seed):
     assert found["per_category_accuracy"] == pytest.approx(class_accuracy(matrix).tolist(), abs=0, nan_ok=True)
     assert math.isnan(found["per_category_iou"][5]) and found["mean_accuracy"] > 0
     assert found["images"] == 5 and found["labelled_pixels"] == sum(int((r != 255).sum()) for r in references)
-    # It starts again, and one call gives the same.
+    # It begins anew, and one call gives the same.
     again = metric.compute(predictions=predictions, references=references)
     assert str(again) == str(found)  # NaN and all
 
@@ -120,8 +120,10 @@ def test_a_refused_batch_leaves_no_trace(load):
 
 
 def test_the_number_of_classes_must_be_given(load):
-    with pytest.raises(ValueError, match="num_classes=19"):
-        load()
+    with pytest.raises(ValueError, match="number of classes"):
+        load().compute()
+    with pytest.raises(ValueError, match="num_classes is 0"):
+        load(num_classes=0)
 
 
 def test_the_script_imports_one_module_per_line():
@@ -177,13 +179,13 @@ def test_the_matrix_counts_pairs_of_any_ids(monkeypatch, ignored, num_classes):
     monkeypatch.setattr(metrics_module, "CHUNK", 64)
     rng = np.random.default_rng(num_classes)
     values = np.array([*range(min(num_classes, 4)), num_classes - 1, ignored])
-    prediction, ground_truth = (values[rng.integers(0, len(values), 300)] for _ in range(2))
+    prediction, truth = (values[rng.integers(0, len(values), 300)] for _ in range(2))
     expected = Counter(
         (t, num_classes if p == ignored else p)
-        for p, t in zip(prediction.tolist(), ground_truth.tolist(), strict=True)
+        for p, t in zip(prediction.tolist(), truth.tolist(), strict=True)
         if t != ignored
     )
-    found = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(ground_truth), num_classes, ignored)
+    found = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(truth), num_classes, ignored)
     assert {(t, p): n for t, row in enumerate(found.tolist()) for p, n in enumerate(row) if n} == dict(expected)
 
 
@@ -202,6 +204,45 @@ def test_a_strange_id_is_found_wherever_it_stands(monkeypatch, dtype):
 
 
 def test_the_maps_are_left_as_they_were():
-    prediction, ground_truth = (torch.tensor([0, 1, 255], dtype=torch.int32) for _ in range(2))
-    confusion_matrix(prediction, ground_truth, 2)
-    assert prediction.tolist() == ground_truth.tolist() == [0, 1, 255]
+    prediction, truth = (torch.tensor([0, 1, 255], dtype=torch.int32) for _ in range(2))
+    confusion_matrix(prediction, truth, 2)
+    assert prediction.tolist() == truth.tolist() == [0, 1, 255]
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [np.full((4, 4), 0.7), np.zeros((3, 4, 4), int), np.zeros((4, 4, 3), int), np.zeros(4, int), None, "map", [[1j]],
+     np.full((4, 4), np.nan)],
+)  # fmt: skip
+def test_what_is_no_map_of_ids_is_refused_and_counts_nothing(load, prediction):
+    metric, right = load(num_classes=3), np.zeros((4, 4), int)
+    for predictions, references in (([prediction], [right]), ([right], [prediction])):
+        with pytest.raises(ValueError):
+            metric.add_batch(predictions=predictions, references=references)
+    assert metric.compute(predictions=[right.astype(float)], references=[right])["images"] == 1
+
+
+def test_the_usual_signature_of_evaluate_works(load):
+    references = [np.array([[0, 1], [2, 3]])]
+    predictions = [np.array([[0, 0], [1, 1]])]
+    settings = {"num_labels": 3, "ignore_index": 255, "reduce_labels": True}
+    found = load().compute(predictions=predictions, references=references, **settings)
+    assert found["per_category_iou"][:2] == [1, 0.5] and math.isclose(found["mean_iou"], 0.5)
+    assert (found["mean_iou_classes"], found["labelled_pixels"]) == (3, 3)
+    metric = load(num_labels=3)
+    metric.add_batch(predictions=predictions, references=[references[0] % 3])
+    with pytest.raises(ValueError, match="num_labels is 4, but was 3"):
+        metric.compute(num_labels=4)
+    with pytest.raises(ValueError, match="num_labels"):
+        load().compute(predictions=predictions, references=references)
+
+
+def test_a_class_set_is_the_mean_over_its_classes(load):
+    predictions, references = random_maps(0, 20)
+    found = [load(num_classes=19, class_set=chosen) for chosen in (None, "synthia-16", [0, 2])]
+    found = [metric.compute(predictions=predictions, references=references) for metric in found]
+    iou = np.array(found[0]["per_category_iou"])
+    assert found[1]["mean_iou"] == pytest.approx(np.nanmean(np.delete(iou, [9, 14, 16])))
+    assert (found[0]["mean_iou_classes"], found[1]["mean_iou_classes"], found[2]["mean_iou_classes"]) == (19, 16, 2)
+    with pytest.raises(ValueError, match="synthia-16"):
+        load(num_classes=3, class_set="synthia-16")

@@ -119,9 +119,9 @@ def test_the_page_is_accessible(page):
 def test_every_figure_and_its_protocol_are_on_the_page(page, world):
     results, shown = json.loads((world / "first" / "results.json").read_text()), text_of(page)
     assert results["model"]["commit"] is None or results["model"]["commit"] in shown
-    assert f"Mean of 2 sets: mIoU {100 * results['mean']['miou']:.2f} %" in shown
+    assert f"Mean of 2 sets: mIoU over 3 classes {100 * results['mean']['miou']:.2f} %" in shown
     for name, found in results["sets"].items():
-        assert f"{name}: mIoU {100 * found['miou']:.2f} %" in shown
+        assert f"{name}: mIoU {100 * found['miou']:.2f} % (mean over {found['miou_classes']} classes)" in shown
         for label in CLASSES:
             assert f"{label} {percent(found['iou'][label])} {percent(found['accuracy'][label])}" in shown
         for scene in found["groups"]["scene"]:
@@ -143,7 +143,10 @@ def test_both_runs_stand_side_by_side_with_what_speaks_against_it(page, world):
         json.loads((world / run / "results.json").read_text())["sets"]["roads"] for run in ("first", "second")
     )
     before, after = first["miou"], second["miou"]
-    assert f"Overall mIoU: {100 * before:.2f} % → {100 * after:.2f} % ({100 * (after - before):+.2f}%)." in shown
+    assert (
+        f"Overall mIoU: {100 * before:.2f} % → {100 * after:.2f} % ({100 * (after - before):+.2f}%), over 3 classes."
+        in shown
+    )
     assert f"Overall 5 {100 * before:.2f} {100 * after:.2f} {100 * (after - before):+.2f}%" in shown
     before, after = first["iou"]["road"], second["iou"]["road"]
     assert f"road {100 * before:.2f} {100 * after:.2f} {100 * (after - before):+.2f}%" in shown
@@ -157,7 +160,7 @@ def test_worst_and_best_frames_are_drawn_with_their_score_maps(page, world):
     per_frame = [4, 1 + len(CLASSES)]  # image, ground truth, prediction, errors; image and a map per class
     assert len(descriptions) == 2 * sum(per_frame)
     for frame in (ranked[0], ranked[-1]):
-        score = f"mIoU {100 * frame.miou:.2f} %"
+        score = f"mIoU {100 * frame.miou:.2f} %, over {frame.classes} of 3 classes"
         assert f"Frame {frame.name}: the predicted classes over the image, {score}" in descriptions
         assert f"Frame {frame.name}: where the text traffic light fits, brighter is better" in descriptions
     for image in outline.all("img"):

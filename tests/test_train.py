@@ -327,7 +327,7 @@ def test_the_last_evaluation_competes_for_the_best_and_the_end_names_the_folder(
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     last = [line["miou"] for line in log_of(out) if "miou" in line][-1]
-    for kept, advice in ((last / 2, f"Use {out / 'model'}"), (0.99, f"Better: {out / 'best'}")):
+    for kept, advice in ((last / 2, f"Use {out / 'model'}"), (0.99, "Better, by the same mean: ")):
         path = out / "best" / "results.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"miou": kept, "step": 3}))
         call("train", *arguments(out, "--eval-every-steps", "3", "--resume"))
@@ -396,7 +396,7 @@ def test_report_names_result_protocol_and_data(finished, data):
     card = (out / "model" / "README.md").read_text()
     header = card.split("---")[1].splitlines()
     assert {"library_name: transformers", "pipeline_tag: image-segmentation", "license: apache-2.0"} <= set(header)
-    assert f"| **mean** | **{100 * results['miou']:.2f}** |" in card
+    assert f"| **mean over 2 classes** | **{100 * results['miou']:.2f}** |" in card
     assert "No scene is in both parts" in card and str(data) in card
     overlays = sorted((out / "overlays").glob("*.png"))
     assert len(overlays) == 2 and all(Image.open(path).size[0] > 1000 for path in overlays)
@@ -612,9 +612,11 @@ def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, t
             call("train", *arguments(tmp_path / "run", *refused.split()))
     with pytest.raises(ValueError, match="--min-pixels"):
         call("train", *arguments(tmp_path / "run", "--min-pixels", "999999"))
-    for option in ("--crop 1", "--eval-size 4x4"):
+    for option in ("--crop 1",):
         with pytest.raises(ValueError, match=option.split()[0]):
             call("train", *arguments(tmp_path / "run", *option.split()))
+    with pytest.raises(ValueError, match=r"\.png .* 40x40 pixels, would be seen as 4x4"):
+        call("train", *arguments(tmp_path / "run", "--eval-size", "4x4"))
     for column in ("image", "label"):
         more = ("--no-index", "--class-names", ",".join(CLASSES), f"--{column}-column", "nothing")
         with pytest.raises(ValueError, match="nothing"):

@@ -25,10 +25,11 @@ ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
 
 @pytest.fixture(scope="module")
 def fixed(tmp_path_factory) -> list[str]:
-    """Options of a run of four steps of four images, with a start model in which nothing is random."""
+    """Options of a run of four steps of four images, with dropout, drop path and random points."""
     folder = tmp_path_factory.mktemp("processes")
     classes = {0: "non-traversable", 1: "traversable"}
-    save_model_folder(micro_model(id2label=classes, num_points=36), TqdmImageProcessor(), folder / "start")
+    chance = {"context_decoder_dropout": 0.1, "vision_config": {"drop_path_rate": 0.2}}
+    save_model_folder(micro_model(id2label=classes, **chance), TqdmImageProcessor(), folder / "start")
     orfd(folder / "raw", 6, size=40)
     orfd(folder / "raw", 3, scene="y0613_1304", split="validation", size=40)
     prepare("orfd", folder / "raw", folder / "data")
@@ -88,6 +89,24 @@ def test_two_processes_make_the_steps_of_one(fixed, one, tmp_path, launch):
     results = [json.loads((out / "results.json").read_text()) for out in (one, tmp_path / "run")]
     assert [result["protocol"]["frames"] for result in results] == [3, 3]
     assert results[0]["iou"] == pytest.approx(results[1]["iou"], abs=0.01)
+
+
+def test_chance_is_by_sample_over_twenty_steps(fixed, tmp_path):
+    more = ["--steps", "20", "--lr", "1e-4", "--teacher-drop-path"]
+    for name, launch in (("one", [sys.executable]), ("two", TORCHRUN)):
+        size = ["--batch-size", "4" if name == "one" else "2", "--out", str(tmp_path / name)]
+        finish([*launch, str(HERE / "train_without_chance.py"), *fixed, *more, *size])
+    terms = [
+        [
+            {key: value for key, value in json.loads(line).items() if key.startswith("loss_")}
+            for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if "loss_class" in line
+        ]
+        for name in ("one", "two")
+    ]  # fmt: skip
+    assert [len(lines) for lines in terms] == [20, 20]
+    largest = max(abs(a[k] - b[k]) / max(abs(a[k]), 1e-3) for a, b in zip(*terms, strict=True) for k in a)
+    print(f"largest relative difference of any loss term over 20 steps: {largest:.2g}")
+    assert largest < 1e-3
 
 
 def test_published_loss_counts_depend_on_how_images_are_divided(fixed, one, tmp_path):

@@ -27,7 +27,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from ..data.files import write_file
+from .class_sets import class_set
 
 # Ground truth and prediction, as in 0-1 and 0-none.
 _CELL = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*|none)")
@@ -65,6 +66,19 @@ class FrameTable:
     classes: list[str]
     protocol: dict[str, Any]
     num_frames: np.ndarray | None = None
+
+    @property
+    def class_set(self) -> tuple[str, ...]:
+        """The classes that means are over, as the protocol says; none for all."""
+        return tuple(self.protocol.get("class_set", {}).get("classes", ()))
+
+    def with_class_set(self, text: str | None) -> "FrameTable":
+        """The same counts whose means are over the classes of a set; raises ValueError for one there is not."""
+        facts = {name: value for name, value in self.protocol.items() if name != "class_set"}
+        chosen = class_set(text, self.classes)
+        return replace(
+            self, protocol=facts | ({"class_set": {"name": text, "classes": list(chosen)}} if chosen else {})
+        )
 
     def __post_init__(self):
         rows, classes = len(self.frames), len(self.classes)

@@ -30,19 +30,20 @@ from tqdm import tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import write_file
+from ..data.files import check_out_folder, claim_folder, read_json, write_file
 from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
 from ..deploy.folder import identity, load_model, model_folder
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict, use_huge_pages
 from ..program import takes
+from .class_sets import class_set
 from .counts import FrameTable, Scored, read_scored, read_table, save_batch, write_table
 from .figures import closing_lines, group_csv, mean_results, set_lines, set_results
 from .groups import flatten, read_attributes
 from .metrics import confusion_matrix, scores
 from .options import EvaluateOptions, parse_sets
-from .protocol import PUBLISHED_SCALES, Protocol, predict
+from .protocol import PUBLISHED_SCALES, Protocol, check_view_sizes, predict
 from .sets import EvaluationSet, Sample, Samples, check_classes, frame_attributes, open_sets
 
 # -- for training ---------------------------------------------------------------------------------------
@@ -54,7 +55,7 @@ def predict_frame(
     """Class ids (h, w) int64 at the size of the labels, and height and width of the model's input."""
     protocol = Protocol.of(processor)
     views = protocol.views(frame.image, processor)
-    ids = predict(model, processor, views, frame.labels.shape, protocol, frame.key)
+    ids = predict(model, processor, views, frame.labels.shape, protocol)
     return ids.long(), tuple(views[0].shape[-2:])
 
 
@@ -64,11 +65,13 @@ def score_frames(
     frames: Iterable[Frame],
     label_map: dict[str, str],
     accelerator: Accelerator,
+    class_set_name: str | None = None,
 ) -> dict[str, object]:
     """All of `metrics.scores` pooled over the frames, with their protocol.
 
     frames: those that this process scores; counts are summed over processes. label_map: its name and policy, from the
-    manifest of the dataset. The model keeps its mode, training or not.
+    manifest of the dataset. class_set_name: of the classes that the mean is over. The model keeps its mode, training or
+    not.
     """
     training = model.training
     model.eval()
@@ -87,7 +90,10 @@ def score_frames(
     matrix = accelerator.reduce(matrix, "sum")
     sizes = sum(gather_object([sizes]), Counter())
     protocol = Protocol.of(processor).describe(model.config, label_map, sizes, number_format(accelerator))
-    return {**scores(matrix.cpu(), model.config.class_names), "protocol": protocol}
+    names = model.config.class_names
+    if chosen := class_set(class_set_name, names):
+        protocol["class_set"] = {"name": class_set_name, "classes": list(chosen)}
+    return {**scores(matrix.cpu(), names, chosen), "protocol": protocol}
 
 
 def number_format(accelerator: Accelerator) -> str:
@@ -123,6 +129,8 @@ def open_evaluation(options: EvaluateOptions) -> Evaluation:
     sets = open_sets(parse_sets(options.data), protocol, options.protocol, options.size)
     for chosen in sets:
         check_classes(model.config.class_names, chosen)
+        check_view_sizes(model, chosen.frames, chosen.protocol)
+    class_set(options.class_set, model.config.class_names)
     attributes = {chosen.name: {} for chosen in sets}
     if options.attributes:
         attributes = attributes_of(sets, options.attributes, options.by)
@@ -147,13 +155,12 @@ def attributes_of(sets: list[EvaluationSet], path: Path, by: tuple[str, ...] | N
 
 
 def check_plan(out: Path, plan: dict[str, Any]) -> None:
-    """Raises ValueError when the folder holds another evaluation, or other files and no evaluation."""
+    """Raises ValueError when the folder holds another evaluation, FileExistsError when it holds other files."""
+    check_out_folder(out, "evaluate")
     path = out / "plan.json"
-    if not path.is_file():
-        if out.exists() and any(out.iterdir()):
-            raise ValueError(f"{out} holds other files and no evaluation; choose another --out")
-        return
-    before, now = (flatten(content) for content in (json.loads(path.read_text(encoding="utf-8")), plan))
+    if not path.is_file() or not ((out / "results.json").is_file() or any((out / "parts").rglob("*.npz"))):
+        return  # nothing is scored yet
+    before, now = (flatten(content) for content in (read_json(path, fix="choose another --out"), plan))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
     if changed:
         words = "; ".join(f"{name} was {before.get(name)}, now {now.get(name)}" for name in changed[:3])
@@ -191,8 +198,7 @@ def score_set(
 def frame_counts(evaluation: Evaluation, chosen: EvaluationSet, sample: Sample) -> Tensor:
     """Counts (K, K + 1) of one frame on the model's device, without waiting for it."""
     model = evaluation.model
-    key, size = chosen.frames.keys[sample.row], sample.ground_truth.shape
-    ids = predict(model, evaluation.processor, sample.views, size, chosen.protocol, key)
+    ids = predict(model, evaluation.processor, sample.views, sample.ground_truth.shape, chosen.protocol)
     labels = sample.ground_truth.to(model.device, non_blocking=True)
     return confusion_matrix(ids, labels, model.config.num_labels, IGNORE_INDEX, check=False)
 
@@ -225,9 +231,23 @@ def frame_table(evaluation: Evaluation, chosen: EvaluationSet, folder: Path) -> 
     )
 
 
-def write_set(evaluation: Evaluation, chosen: EvaluationSet, table: FrameTable, out: Path) -> dict[str, Any]:
+def finished_table(chosen: EvaluationSet, out: Path) -> FrameTable:
+    """The table of an evaluation that is finished; raises ValueError unless it is the one that its results are of."""
+    path = out / f"{chosen.name}.parquet"
+    table, results = read_table(path), read_json(out / "results.json", ["sets"])
+    matrix = results["sets"].get(chosen.name, {}).get("matrix")
+    if table.frames != chosen.frames.keys or table.counts.sum(0).tolist() != matrix:
+        raise ValueError(f"{path} is not the table that {out / 'results.json'} is of; evaluate into another --out")
+    check_ground_truth(chosen, Scored(np.arange(len(table.frames)), table.counts))
+    return table
+
+
+def write_set(
+    evaluation: Evaluation, chosen: EvaluationSet, table: FrameTable, options: EvaluateOptions
+) -> dict[str, Any]:
     """Writes the files of a set, prints its figures; returns its part of results.json."""
-    table = replace(table, attributes=evaluation.attributes[chosen.name])
+    out = options.out
+    table = replace(table, attributes=evaluation.attributes[chosen.name]).with_class_set(options.class_set)
     data = {"path": chosen.frames.folder, **chosen.facts}
     results = {**set_results(table), "data": data, "views": asdict(chosen.protocol)}
     write_table(out / f"{chosen.name}.parquet", table)
@@ -265,6 +285,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if not finished:
         ready_to_predict(evaluation.model.to(accelerator.device), options.precision)
     if main_process:
+        claim_folder(out, "evaluate")
         write_file(out / "plan.json", (json.dumps(evaluation.plan, indent=2) + "\n").encode())
 
     results: dict[str, Any] = {"model": {"path": options.model, **evaluation.plan["model"]}, "sets": {}}
@@ -273,9 +294,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             score_set(evaluation, chosen, parts / chosen.name, accelerator, options)
             accelerator.wait_for_everyone()
         if main_process:
-            path = out / f"{chosen.name}.parquet"
-            table = read_table(path) if finished else frame_table(evaluation, chosen, parts / chosen.name)
-            results["sets"][chosen.name] = write_set(evaluation, chosen, table, out)
+            table = finished_table(chosen, out) if finished else frame_table(evaluation, chosen, parts / chosen.name)
+            results["sets"][chosen.name] = write_set(evaluation, chosen, table, options)
     if main_process:
         results = write_results(results, out)
         shutil.rmtree(parts, ignore_errors=True)

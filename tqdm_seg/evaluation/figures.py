@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .class_sets import over_text
 from .counts import FrameTable
 from .groups import NOT_GIVEN
 from .metrics import group_sums, scores
@@ -24,7 +25,7 @@ def set_results(table: FrameTable) -> dict[str, Any]:
     """All figures of a set, its confusion matrix (K, K + 1) and its groups, under their protocol, ready for JSON."""
     matrix = table.counts.sum(0)
     return {
-        **scores(torch.from_numpy(matrix), table.classes),
+        **scores(torch.from_numpy(matrix), table.classes, table.class_set),
         "matrix": matrix.tolist(),
         "protocol": table.protocol,
         "groups": group_results(table),
@@ -45,7 +46,7 @@ def group_results(table: FrameTable) -> dict[str, list[dict[str, Any]]]:
                 "name": name,
                 "frames": int(frames[name]),
                 "pixels": int(matrix.sum()),
-                **scores(torch.from_numpy(matrix), table.classes),
+                **scores(torch.from_numpy(matrix), table.classes, table.class_set),
             }
             for name, matrix in counts.items()
         ]
@@ -54,7 +55,7 @@ def group_results(table: FrameTable) -> dict[str, list[dict[str, Any]]]:
 
 def mean_results(sets: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The published average: of each set's figures, every set with the same weight; None where a set has no value."""
-    found: dict[str, Any] = {"sets": list(sets)}
+    found: dict[str, Any] = {"sets": list(sets), "over": mean_over(list(sets.values()))}
     for name in FIGURES:
         values = [results[name] for results in sets.values()]
         found[name] = None if None in values else sum(values) / len(values)
@@ -67,13 +68,13 @@ def group_csv(results: dict[str, Any]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     kinds = [f"{kind}_{name}" for kind in ("iou", "accuracy") for name in names]
-    writer.writerow(["by", "name", "frames", "pixels", *FIGURES, *kinds, "protocol"])
+    writer.writerow(["by", "name", "frames", "pixels", *FIGURES, "miou_classes", *kinds, "protocol"])
     protocol = protocol_text(results["protocol"])
     pixels = sum(map(sum, results["matrix"]))
     whole = {"name": "", "frames": results["protocol"]["frames"], "pixels": pixels, **results}
     rows = [("all", whole), *((by, row) for by, group in results["groups"].items() for row in group)]
     for by, row in rows:
-        figures = [row[name] for name in FIGURES]
+        figures = [row[name] for name in (*FIGURES, "miou_classes")]
         figures += [row[kind][name] for kind in ("iou", "accuracy") for name in names]
         head = [by, row["name"], row["frames"], row["pixels"]]
         writer.writerow([*head, *("" if value is None else value for value in figures), protocol])
@@ -94,13 +95,32 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
 def set_lines(name: str, results: dict[str, Any]) -> list[str]:
     """A set: its figures, classes, groups, and the protocol that they hold under."""
     figures = ", ".join(f"{title} {percent(results[key])} %" for key, title in FIGURES.items())
-    lines = [f"## {name}: mIoU {percent(results['miou'])} %", "", f"{figures}."]
+    lines = [f"## {name}: {miou_text(results)}", "", f"{figures}.", *absent_lines(results)]
     if "positive_class" in results:
         lines.append(positive_text(results["positive_class"]))
     lines += ["", *class_lines(results)]
     for by, group in results["groups"].items():
         lines += ["", *group_lines(by, group)]
     return [*lines, "", f"Protocol: {protocol_text(results['protocol'])}."]
+
+
+def miou_text(results: dict[str, Any]) -> str:
+    """'mIoU 71.20 % (mean over 19 classes)'."""
+    return f"mIoU {percent(results['miou'])} % (mean over {mean_over([results])})"
+
+
+def mean_over(results: Sequence[dict[str, Any]]) -> str:
+    """'19 classes', '1 of 2 classes', or 'from 16 to 19 of 19 classes' where several results differ."""
+    name = results[0].get("protocol", {}).get("class_set", {}).get("name")
+    counts = sorted({found["miou_classes"] for found in results})
+    text = over_text(counts[-1], len(results[0]["iou"]), name)
+    return text if len(counts) == 1 else f"from {counts[0]} to {text}"
+
+
+def absent_lines(results: dict[str, Any]) -> list[str]:
+    """A sentence naming the classes without a pixel in the ground truth, if there are any."""
+    absent = [name for name, accuracy in results["accuracy"].items() if accuracy is None]
+    return [f"Without a pixel in the ground truth: {', '.join(absent)}."] if absent else []
 
 
 def positive_text(positive: dict[str, Any]) -> str:
@@ -126,9 +146,11 @@ def group_lines(by: str, group: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of the table of a set's groups, the worst of them if there are many."""
     ranked = sorted(group, key=lambda row: (row["miou"] is None, row["miou"]))
     shown = group if len(group) <= _SCENES else ranked[:_SCENES]
-    lines = [table_line([by, "frames", *(f"{title}, %" for title in FIGURES.values())])]
-    lines.append(table_line(["---", *["---:"] * (1 + len(FIGURES))]))
-    lines += [table_line([row["name"], str(row["frames"]), *(percent(row[key]) for key in FIGURES)]) for row in shown]
+    lines = [table_line([by, "frames", *(f"{title}, %" for title in FIGURES.values()), "mIoU over"])]
+    lines.append(table_line(["---", *["---:"] * (1 + len(FIGURES)), "---"]))
+    for row in shown:
+        figures = (percent(row[key]) for key in FIGURES)
+        lines.append(table_line([row["name"], str(row["frames"]), *figures, mean_over([row])]))
     if len(shown) < len(group):
         lines += ["", f"The {_SCENES} worst of {len(group)}; all are in the files."]
     return lines
@@ -136,13 +158,19 @@ def group_lines(by: str, group: Sequence[dict[str, Any]]) -> list[str]:
 
 def summary_lines(results: dict[str, Any]) -> list[str]:
     """Lines of the table of all sets and their mean."""
-    lines = ["## All sets", "", table_line(["set", *(f"{title}, %" for title in FIGURES.values()), "protocol"])]
-    lines.append(table_line(["---", *["---:"] * len(FIGURES), "---"]))
+    lines = ["## All sets", "", table_line(["set", *_set_titles(), "protocol"])]
+    lines.append(table_line(["---", *["---:"] * len(FIGURES), "---", "---"]))
     for name, found in results["sets"].items():
-        lines.append(table_line([name, *(percent(found[key]) for key in FIGURES), short_protocol(found["protocol"])]))
+        figures = (percent(found[key]) for key in FIGURES)
+        lines.append(table_line([name, *figures, mean_over([found]), short_protocol(found["protocol"])]))
     mean = results["mean"]
     figures = (f"**{percent(mean[key])}**" for key in FIGURES)
-    return [*lines, table_line([f"**mean of {len(mean['sets'])} sets**", *figures, "all sets have the same weight"])]
+    name = f"**mean of {len(mean['sets'])} sets**"
+    return [*lines, table_line([name, *figures, mean["over"], "all sets have the same weight"])]
+
+
+def _set_titles() -> list[str]:
+    return [*(f"{title}, %" for title in FIGURES.values()), "mIoU over"]
 
 
 def protocol_text(protocol: dict[str, Any]) -> str:
@@ -160,6 +188,10 @@ def protocol_text(protocol: dict[str, Any]) -> str:
         f"{len(classes)} classes ({', '.join(classes)}), {labels['ignored']} ignored",
         f"label map {labels['name']}: {labels['policy']}",
     ]
+    if "class_set" in protocol:
+        parts.append(
+            "mean over {name}: {0}".format(", ".join(protocol["class_set"]["classes"]), **protocol["class_set"])
+        )
     return "; ".join(parts)
 
 

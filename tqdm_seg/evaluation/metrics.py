@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .class_sets import members
+
 BYTES = 256  # values that a label image can hold
 CHUNK = 2**18  # pixels that are counted at once: intermediate results stay in the processor's cache
 
@@ -79,9 +81,9 @@ def class_accuracy(matrix: Tensor) -> Tensor:
     return hits.double() / true
 
 
-def mean_iou(matrix: Tensor) -> float:
-    """Mean of `class_iou` over the classes whose union is not empty; NaN when all are."""
-    return class_iou(matrix).nanmean().item()
+def mean_iou(matrix: Tensor, over: Sequence[int] | slice = slice(None)) -> float:
+    """Mean of `class_iou` over the classes, all or some by number, whose union is not empty; NaN when all are."""
+    return class_iou(matrix)[..., over].nanmean().item()
 
 
 def pixel_accuracy(matrix: Tensor) -> float:
@@ -111,11 +113,17 @@ def positive_class_scores(matrix: Tensor, positive: int = 1) -> dict[str, float]
     }
 
 
-def scores(matrix: Tensor, class_names: list[str]) -> dict[str, object]:
-    """Every score of the whole set, ready for JSON: undefined ones are None. Two classes: those of class 1 as well."""
+def scores(matrix: Tensor, class_names: list[str], over: Sequence[str] = ()) -> dict[str, object]:
+    """Every score of the whole set, ready for JSON: undefined ones are None. Two classes: those of class 1 as well.
+
+    over: names of the classes that the mean IoU is over, all by default; miou_classes: how many of them have an IoU.
+    """
+    chosen = members(over, class_names)
+    iou = class_iou(matrix)
     result: dict[str, object] = {
-        "miou": _or_none(mean_iou(matrix)),
-        "iou": _by_name(class_names, class_iou(matrix)),
+        "miou": _or_none(mean_iou(matrix, chosen)),
+        "miou_classes": int((~iou[chosen].isnan()).sum()),
+        "iou": _by_name(class_names, iou),
         "accuracy": _by_name(class_names, class_accuracy(matrix)),
         "pixel_accuracy": _or_none(pixel_accuracy(matrix)),
         "frequency_weighted_iou": _or_none(frequency_weighted_iou(matrix)),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..deploy.options import MODEL, Device, Precision, check_at_least
+from ..deploy.options import MODEL, Device, Precision
 from ..program import names, option, size
 
 _SET = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+?)(?:@([1-9]\d*)x([1-9]\d*))?")
@@ -35,7 +35,8 @@ def parse_set(text: str) -> SetSource:
     box = (short, long) if short else None
     place, colon, split = folder.rpartition(":")
     # URLs have colons, too: hf://datasets/...; and so may folders.
-    if colon and re.fullmatch(r"\w+", split) and not Path(folder).exists():
+    port = re.fullmatch(r"\w+://[^/]*", place)
+    if colon and re.fullmatch(r"\w+", split) and not port and not Path(folder).exists():
         return SetSource(name, place, split, box)
     return SetSource(name, folder, None, box)
 
@@ -102,6 +103,12 @@ class EvaluateOptions:
         help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao",
     )  # fmt: skip
 
+    class_set: str | None = option(
+        None, group="protocol", metavar="NAME|A,B",
+        help="classes that means are over: synthia-16, synthia-13, or names. The IoU of every class stays that among "
+        "all; a finished evaluation is only summed up again (default: all classes)",
+    )  # fmt: skip
+
     attributes: Path | None = option(
         None, group="groups", help="CSV with a column `scene` and columns to group frames by"
     )
@@ -115,7 +122,6 @@ class EvaluateOptions:
 
     def __post_init__(self):
         parse_sets(self.data)
-        check_at_least(window=(self.window, 0), stride=(self.stride, 1), window_batch=(self.window_batch, 1))
         if self.by and not self.attributes:
             raise ValueError("--by names columns of --attributes; give that file as well")
         if self.workers < 0 or self.save_every_frames < 1:

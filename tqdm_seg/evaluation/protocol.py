@@ -17,6 +17,7 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor, fitted_size
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
+from ..data.frames import FrameDataset
 from ..data.label_maps import IGNORE_INDEX
 
 # The boxes that the published figures come from, by the name that a dataset's manifest has.
@@ -131,12 +132,8 @@ def predict(
     views: list[Tensor],
     size: tuple[int, int],
     protocol: Protocol,
-    key: str,
 ) -> Tensor:
-    """Class ids (h, w) = size uint8, on the model's device, from the views (3, H, W) uint8 of one frame.
-
-    Raises ValueError naming the frame by its key when it is too small.
-    """
+    """Class ids (h, w) = size uint8, on the model's device, from the views (3, H, W) uint8 of one frame."""
     pixel_values = [
         processor(
             images=view.to(model.device, non_blocking=True), do_resize=False, input_data_format="channels_first",
@@ -144,10 +141,23 @@ def predict(
         )["pixel_values"]
         for view in views
     ]  # fmt: skip
-    try:
-        return model.segment_labels(pixel_values, size, protocol.flip, protocol.softmax_views)[0].to(torch.uint8)
-    except ValueError as error:
-        raise ValueError(f"frame {key}: {error}") from error
+    return model.segment_labels(pixel_values, size, protocol.flip, protocol.softmax_views)[0].to(torch.uint8)
+
+
+def check_view_sizes(model: TqdmForSemanticSegmentation, frames: FrameDataset, protocol: Protocol) -> None:
+    """Raises ValueError for the first frame that the model sees, or a window of which it sees, under two patches."""
+    tower, patch = model.model.vision_tower, model.config.vision_config.patch_size
+    window = model.config.window_size
+    table = frames.index.table
+    for key, *size in zip(*(table[name].to_pylist() for name in ("key", "height", "width")), strict=True):
+        for view in protocol.view_sizes(*size):
+            seen = view if window is None else [min(side, window) for side in view]
+            if min(tower.padded_size(*seen)) < 2 * patch:
+                raise ValueError(
+                    f"{key} of {frames.folder}, split {frames.split}, {size[0]}x{size[1]} pixels, would be seen as "
+                    f"{seen[0]}x{seen[1]} pixels; {2 * patch} a side are the least: leave it out, or enlarge the size "
+                    "or window of the evaluation"
+                )
 
 
 def _size_table(sizes: Counter[tuple[int, int]]) -> dict[str, int]:

@@ -21,10 +21,10 @@ from .comparison import (
     Comparison,
     Message,
     attribute_groups,
-    class_names,
     compare_tables,
     identities,
     list_groups,
+    with_class_set,
 )
 from .comparison_text import as_csv, as_json, as_markdown, say
 from .options import CompareOptions
@@ -81,7 +81,7 @@ def read_and_compare(options: CompareOptions) -> Comparison:
     if leaked is not None:
         found = ", ".join(sorted(leaked & all_scenes(tables)))
         notes.append(Message("Leaked scenes: {scenes}.", {"scenes": found or "-"}))
-    class_names(tables)
+    tables = with_class_set(tables, options.class_set)
     of_scene = read_attributes(options.attributes) if options.attributes else None
     by_attribute, disagreements = attribute_groups(tables, options.by, of_scene)
     groups = [*list_groups(tables, known, leaked), *by_attribute]

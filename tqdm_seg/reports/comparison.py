@@ -6,7 +6,7 @@ Letters: R rows, S scenes, N resamples, K classes.
 """
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..data.scenes import scene_identity
+from ..evaluation.class_sets import COMMON, members
 from ..evaluation.counts import FrameTable
 from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flatten
 from ..evaluation.metrics import class_iou, group_sums
@@ -28,11 +29,15 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """The counts (2, K, K + 1) of one set of frames in both runs, and how many frames each run has of it."""
+    """The counts (2, K, K + 1) of one set of frames in both runs, and how many frames each run has of it.
+
+    over: numbers of the classes that means are over.
+    """
 
     name: str
     counts: np.ndarray
     frames: tuple[int, int]
+    over: list[int]
 
     @cached_property
     def iou(self) -> torch.Tensor:
@@ -42,7 +47,12 @@ class PairedCounts:
     @cached_property
     def miou(self) -> list[float]:
         """Of both runs; NaN where one has no labelled pixel."""
-        return self.iou.nanmean(-1).tolist()
+        return self.iou[:, self.over].nanmean(-1).tolist()
+
+    @cached_property
+    def classes(self) -> tuple[int, int]:
+        """How many classes the mean of either run is over."""
+        return tuple((~self.iou[:, self.over].isnan()).sum(-1).tolist())
 
     @property
     def difference(self) -> float:
@@ -74,6 +84,7 @@ class Comparison:
     runs: tuple[str, str]
     protocols: tuple[dict[str, Any], dict[str, Any]]
     classes: list[str]
+    class_set: tuple[str, ...]
     scenes: list[PairedCounts]
     overall: PairedCounts
     groups: list[Group]
@@ -196,6 +207,23 @@ def class_names(tables: Sequence[FrameTable]) -> list[str]:
     return a.classes if has_names(a) else b.classes
 
 
+def with_class_set(tables: Sequence[FrameTable], chosen: str | None) -> list[FrameTable]:
+    """The tables whose means are over one class set: "common" is of the classes with pixels in both, None their own.
+
+    Raises ValueError for a class that there is not, and for tables of different class sets where none is given.
+    """
+    names = class_names(tables)
+    if chosen is None and tables[0].class_set != tables[1].class_set:
+        sets = (table.protocol.get("class_set", {}).get("name", "all classes") for table in tables)
+        raise ValueError(f"the means are over different classes ({' and '.join(sets)}); give one --class-set for both")
+    if chosen is None:
+        return list(tables)
+    if chosen == COMMON:
+        seen = np.logical_and(*(table.counts.sum((0, 2)) > 0 for table in tables))
+        chosen = ",".join(name for name, found in zip(names, seen, strict=True) if found)
+    return [replace(table, classes=names).with_class_set(chosen) for table in tables]
+
+
 # -- comparing ------------------------------------------------------------------------------------------
 
 
@@ -208,8 +236,9 @@ def compare_tables(
     seed: int = 0,
     notes: Sequence[Message] = (),
 ) -> Comparison:
-    """Compares two tables of the same classes. wanted: scenes that get a row even if neither table has them.
+    """Compares two tables of the same classes and class set.
 
+    wanted: scenes that get a row even if neither table has them.
     resamples: of the bootstrap, 0 for none. Raises ValueError for different numbers of classes.
     """
     classes = class_names(tables)
@@ -223,6 +252,7 @@ def compare_tables(
         runs=runs,
         protocols=(tables[0].protocol, tables[1].protocol),
         classes=classes,
+        class_set=tables[0].class_set,
         scenes=scenes,
         overall=overall,
         groups=list(groups),
@@ -240,9 +270,10 @@ def rows_by(
     counts = [group_sums(table.counts, of_table) for table, of_table in zip(tables, keys, strict=True)]
     frames = [group_sums(table.num_frames, of_table) for table, of_table in zip(tables, keys, strict=True)]
     nothing = np.zeros_like(tables[0].counts[0])
+    over = members(tables[0].class_set, tables[0].classes)
     return [
         PairedCounts(
-            key, np.stack([sums.get(key, nothing) for sums in counts]), tuple(int(n.get(key, 0)) for n in frames)
+            key, np.stack([sums.get(key, nothing) for sums in counts]), tuple(int(n.get(key, 0)) for n in frames), over
         )
         for key in sorted({*counts[0], *counts[1], *wanted})
     ]
@@ -253,14 +284,16 @@ def bootstrap(scenes: Iterable[PairedCounts], resamples: int, seed: int) -> Inte
 
     Both runs get the same scenes in each resample: what is hard for both cancels.
     """
-    counts = np.array([row.counts for row in scenes if row.difference == row.difference])  # (S, 2, K, K + 1)
+    scored = [row for row in scenes if row.difference == row.difference]
+    over = scored[0].over if scored else []
+    counts = np.array([row.counts for row in scored])  # (S, 2, K, K + 1)
     size = len(counts)
     if resamples < 1 or size < 2:
         return None
     times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)  # (N, S)
     # In float64 for speed: equally exact, as all sums are whole numbers below 2**53.
     sums = (times.astype(float) @ counts.reshape(size, -1).astype(float)).reshape(resamples, *counts.shape[1:])
-    miou = class_iou(torch.from_numpy(sums)).nanmean(-1).numpy()  # (N, 2)
+    miou = class_iou(torch.from_numpy(sums))[..., over].nanmean(-1).numpy()  # (N, 2)
     low, high = np.quantile((miou[:, 1] - miou[:, 0]) * 100, [0.025, 0.975])
     return Interval(float(low), float(high), size, resamples, seed)
 

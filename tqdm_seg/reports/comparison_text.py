@@ -29,6 +29,8 @@ CHINESE = {
     "Scene": "场景",
     "Frames": "帧数",
     "Difference": "差异",
+    "Mean over": "平均类别数",
+    "Means are over the classes {classes}.": "平均值仅由以下类别计算：{classes}。",
     "Mark": "标记",
     "Overall": "总体",
     "Class": "类别",
@@ -56,7 +58,9 @@ CHINESE = {
     "Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.": (
         "总体所覆盖的帧不同：{a} 为 {frames_a} 帧，{b} 为 {frames_b} 帧。"
     ),
-    "Overall mIoU: {before} % → {after} % ({diff}).": "总体 mIoU：{before} % → {after} %（{diff}）。",
+    "Overall mIoU: {before} % → {after} % ({diff}), over {over} classes.": (
+        "总体 mIoU：{before} % → {after} %（{diff}），{over} 个类别的平均。"
+    ),
     "{b} is better in {better} and worse in {worse} of {total} scenes.": (
         "共 {total} 个场景，{b} 在 {better} 个中更好，在 {worse} 个中更差。"
     ),
@@ -119,17 +123,23 @@ def bullets(messages: Sequence[Message], language: str) -> list[str]:
 def row_table(found: Comparison, title: str, rows: Sequence[PairedCounts], language: str) -> list[str]:
     """Lines of a table with a row per set of frames; scenes are marked, Overall is not."""
     marked = title == "Scene"
-    titles = [title, "Frames", *(f"{run} mIoU" for run in found.runs), "Difference", *["Mark"] * marked]
-    lines = [table_line(word(name, language) for name in titles), table_line(["---", *["---:"] * 4, *["---"] * marked])]
+    titles = [title, "Frames", *(f"{run} mIoU" for run in found.runs), "Difference", "Mean over", *["Mark"] * marked]
+    lines = [table_line(word(name, language) for name in titles), table_line(["---", *["---:"] * 5, *["---"] * marked])]
     for row in rows:
         frames = " / ".join(map(str, dict.fromkeys(row.frames)))  # one number where both have as many
-        cells = [word(row.name, language), frames, *map(score, row.miou), points(row.difference)]
+        cells = [word(row.name, language), frames, *map(score, row.miou), points(row.difference), classes_text(row)]
         if row is found.overall:
-            cells = [*(f"**{cell}**" for cell in cells), ""]
+            cells = [*(f"**{cell}**" for cell in cells), *[""] * marked]
         elif marked:
             cells.append(ARROWS[found.mark(row)])
         lines.append(table_line(cells))
     return lines
+
+
+def classes_text(row: PairedCounts) -> str:
+    """'19', '18 / 19' where the runs differ, or '1 of 2': the number of classes that the row's means are over."""
+    counts, total = " / ".join(map(str, dict.fromkeys(row.classes))), row.counts.shape[1]
+    return counts if counts == str(total) else f"{counts} of {total}"
 
 
 def class_table(found: Comparison, language: str) -> list[str]:
@@ -148,6 +158,9 @@ def explanations(found: Comparison) -> list[Message]:
         Message("Differences are percentage points of unrounded values."),
         Message("Overall is computed on the counts of all frames together."),
     ]
+    if found.class_set:
+        classes = ", ".join(found.class_set)
+        messages.append(Message("Means are over the classes {classes}.", {"classes": classes}))
     if not found.same_frames:
         values = {"a": a, "b": b, "frames_a": found.overall.frames[0], "frames_b": found.overall.frames[1]}
         messages.append(Message("Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.", values))
@@ -160,8 +173,9 @@ def explanations(found: Comparison) -> list[Message]:
 def key_findings(found: Comparison) -> list[Message]:
     """The main results of a comparison."""
     before, after = (f"{100 * miou:.2f}" for miou in found.overall.miou)
-    values = {"before": before, "after": after, "diff": points(found.overall.difference)}
-    messages = [Message("Overall mIoU: {before} % → {after} % ({diff}).", values)]
+    over = classes_text(found.overall)
+    values = {"before": before, "after": after, "diff": points(found.overall.difference), "over": over}
+    messages = [Message("Overall mIoU: {before} % → {after} % ({diff}), over {over} classes.", values)]
     better = [row for row in reversed(found.ranked) if row.difference > 0]
     worse = [row for row in found.ranked if row.difference < 0]
     values = {"b": found.runs[1], "better": len(better), "worse": len(worse), "total": len(found.ranked)}
@@ -187,17 +201,24 @@ def as_csv(found: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     classes = [f"iou_{side}_{name}" for side in "ab" for name in found.classes]
-    columns = ["part", "name", "frames_a", "frames_b", "miou_a", "miou_b", "diff_points", "mark", *classes, "warning"]
+    columns = ["part", "name", "frames_a", "frames_b", "miou_a", "miou_b", "diff_points", "mark"]
+    columns += ["classes_a", "classes_b", *classes, "warning"]
     writer.writerow(columns)
     warning = " ".join(say(message) for message in found.warnings)
     parts = [("scene", row) for row in found.scenes] + [("overall", found.overall)]
     parts += [(group.name, row) for group in found.groups for row in group.rows]
     for part, row in parts:
-        numbers = [*row.miou, row.difference, found.mark(row) if part == "scene" else "", *row.iou.flatten().tolist()]
+        numbers = [
+            *row.miou,
+            row.difference,
+            found.mark(row) if part == "scene" else "",
+            *row.classes,
+            *row.iou.flatten().tolist(),
+        ]
         writer.writerow([part, row.name, *row.frames, *("" if n != n else n for n in numbers), warning])
     before, after = found.scene_mean
     means = ["" if value != value else value for value in (before, after, (after - before) * 100)]
-    writer.writerow(["scene_mean", "", "", "", *means, "", *[""] * len(classes), warning])
+    writer.writerow(["scene_mean", "", "", "", *means, *[""] * (3 + len(classes)), warning])
     return text.getvalue()
 
 
@@ -208,6 +229,7 @@ def as_json(found: Comparison) -> str:
         "runs": found.runs,
         "protocols": found.protocols,
         "classes": found.classes,
+        "class_set": found.class_set or None,
         "warnings": [say(message) for message in found.warnings],
         "notes": [say(message) for message in explanations(found)],
         "key_findings": [say(message) for message in key_findings(found)],
@@ -231,6 +253,7 @@ def plain_row(found: Comparison, row: PairedCounts) -> dict[str, Any]:
         "name": row.name,
         "frames": row.frames,
         "miou": list(map(or_none, row.miou)),
+        "miou_classes": row.classes,
         "diff_points": or_none(row.difference),
         "iou": {name: list(map(or_none, both)) for name, both in iou},
     }

@@ -38,6 +38,11 @@ class CompareOptions:
     leaked: Path | None = option(
         None, group="frames and groups", help="test scenes seen in training: groups with and without"
     )
+    class_set: str | None = option(
+        None, group="frames and groups", metavar="NAME|A,B",
+        help="classes that means are over: synthia-16, synthia-13, names, or common: those with pixels in both "
+        "(default: as evaluated)",
+    )  # fmt: skip
     attributes: Path | None = option(
         None, group="frames and groups",
         help="CSV with a column `scene` and columns to group by, instead of the tables' own",

@@ -12,19 +12,20 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..data.palette import class_colours
-from ..evaluation.figures import FIGURES, percent, short_protocol, sizes_text
+from ..evaluation.figures import FIGURES, absent_lines, mean_over, miou_text, percent, short_protocol, sizes_text
 from .comparison import Comparison
-from .comparison_text import ARROWS, explanations, key_findings, points, say
+from .comparison_text import ARROWS, classes_text, explanations, key_findings, points, say
 from .images import FrameImages, ScoreMaps
 
 
 class FrameScore(NamedTuple):
-    """A frame: its number in the table, name, scene, mIoU and IoU of every class, NaN where undefined."""
+    """A frame: number in the table, name, scene, mIoU, of how many classes, and every IoU; NaN where undefined."""
 
     row: int
     name: str
     scene: str
     miou: float
+    classes: int
     iou: list[float]
 
 
@@ -59,7 +60,11 @@ def render_page(results: dict[str, Any], sets: Sequence[SetReport]) -> str:
     environment.filters |= {
         "colours": lambda names: [f"rgb{tuple(colour)}" for colour in class_colours(len(names)).tolist()],
         "explanations": explanations,
+        "absent_lines": absent_lines,
+        "classes_text": classes_text,
         "histogram": histogram,
+        "mean_over": mean_over,
+        "miou_text": miou_text,
         "iou_of": "IoU of {}".format,
         "key_findings": key_findings,
         "percent": percent,

@@ -27,12 +27,13 @@ from ..data.frames import FrameDataset
 from ..deploy.folder import identity, load_model, model_folder
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict
+from ..evaluation.class_sets import members
 from ..evaluation.counts import FrameTable, read_table
 from ..evaluation.metrics import class_iou
 from ..evaluation.options import SetSource, parse_sets
 from ..evaluation.protocol import Protocol
 from ..program import takes
-from .comparison import Comparison, attribute_groups, compare_tables
+from .comparison import Comparison, attribute_groups, compare_tables, with_class_set
 from .images import draw_frame, draw_score_maps
 from .options import ReportOptions
 from .page import FrameScore, SetReport, render_page
@@ -63,7 +64,9 @@ def read_results(folder: Path) -> dict[str, Any]:
 def rank_frames(table: FrameTable) -> list[FrameScore]:
     """The frames that have an mIoU, the worst first."""
     iou = class_iou(torch.tensor(table.counts))  # (R, K)
-    rows = zip(table.frames, table.scenes, iou.nanmean(-1).tolist(), iou.tolist(), strict=True)
+    chosen = iou[:, members(table.class_set, table.classes)]  # (R, K)
+    counts = (~chosen.isnan()).sum(-1).tolist()
+    rows = zip(table.frames, table.scenes, chosen.nanmean(-1).tolist(), counts, iou.tolist(), strict=True)
     scored = [FrameScore(number, *row) for number, row in enumerate(rows)]
     return sorted((frame for frame in scored if frame.miou == frame.miou), key=lambda frame: (frame.miou, frame.name))
 
@@ -137,6 +140,7 @@ def compare_sets(folders: tuple[Path, Path], tables: dict[str, FrameTable]) -> d
     found = {}
     for name in common:
         both = tables[name], read_table(second / f"{name}.parquet")
+        both = with_class_set(both, None)
         groups, notes = attribute_groups(both, None, None)
         found[name] = compare_tables(both, runs, groups=groups, resamples=_RESAMPLES, notes=notes)
     return found

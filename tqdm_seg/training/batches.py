@@ -19,8 +19,9 @@ from .options import TrainOptions
 PLAN_BLOCK = 2**16
 
 
-# One sample of the plan: a frame, the class that it was drawn for (-1: none), the seed of its augmentation.
-DRAW = np.dtype([("frame", np.int64), ("wanted", np.int64), ("seed", np.uint64)])
+# One sample of the plan: a frame, the class that it was drawn for (-1: none), the seeds of its augmentation and of all
+# other chance, such as dropout.
+DRAW = np.dtype([("frame", np.int64), ("wanted", np.int64), ("seed", np.uint64), ("chance", np.int32)])
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class TrainPlan:
         # Philox is a function of (key, counter); a counter gives four words, which are one sample's.
         words = np.random.Philox(key=self.seed, counter=first).random_raw(4 * (last - first)).reshape(-1, 4)
         draws = np.empty(last - first, DRAW)
-        draws["seed"] = words[:, 2]
+        draws["seed"], draws["chance"] = words[:, 2], words[:, 3] >> np.uint64(33)
         if self.sampling is None:
             draws["frame"], draws["wanted"] = self._permuted(np.arange(first, last)), -1
             return draws
@@ -126,8 +127,8 @@ class TrainSamples(Dataset):
         self.frames, self.transform = frames, transform
 
     def __getitem__(self, draw: np.void) -> dict[str, Tensor | str]:
-        frame, wanted, seed = draw.item()
-        return augmented(self.frames[frame], self.transform, seed, wanted)
+        frame, wanted, seed, chance = draw.item()
+        return augmented(self.frames[frame], self.transform, seed, wanted) | {"chance": chance}
 
 
 def augmented(
@@ -150,6 +151,7 @@ def collate(samples: list[dict[str, Tensor | str]], num_classes: int) -> dict[st
         "labels": torch.stack([sample["labels"] for sample in samples]),
         "size": torch.tensor([sample["size"] for sample in samples]),
         "mask_index": class_pixels[:, :num_classes].nonzero(),
+        "chance": torch.tensor([sample["chance"] for sample in samples], dtype=torch.int32),
         "key": [sample["key"] for sample in samples],
         "scene": [sample["scene"] for sample in samples],
     }
@@ -184,7 +186,8 @@ class PlainSamples(Dataset):
 
     def __getitem__(self, numbered: tuple[int, dict[str, Any]]) -> dict[str, Tensor | str]:
         number, row = numbered
-        return augmented(self.source.frame(row, number), self.transform, [self.seed, number])
+        chance = int(np.random.SeedSequence([self.seed, number, 1]).generate_state(1)[0] >> 1)
+        return augmented(self.source.frame(row, number), self.transform, [self.seed, number]) | {"chance": chance}
 
 
 def plain_batches(

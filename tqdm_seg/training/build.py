@@ -18,7 +18,7 @@ from ..data.frames import FrameDataset, PlainRows
 from ..data.shards import check_same_labels
 from ..deploy.folder import from_pretrained, load_model
 from ..deploy.speed import set_float32_arithmetic
-from ..evaluation.protocol import Protocol
+from ..evaluation.protocol import Protocol, check_view_sizes
 from .checkpoint import whole_weights
 from .options import TrainOptions
 
@@ -66,9 +66,8 @@ def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDat
     if options.class_names is not None:
         columns = (options.class_names, options.image_column, options.label_column)
         training, validation = (PlainRows(*source, *columns) for source in sources)
-        for frames, split in ((training, "--train-split"), (validation, "--eval-split")):
-            if next(frames.frames(), None) is None:  # read now, so that errors show before the training
-                raise ValueError(f"{frames.source} has no row in split {frames.split!r}; see {split}")
+        if next(validation.frames(), None) is None:  # read now, so that errors show before the training
+            raise ValueError(f"{options.eval_source} has no row in split {options.eval_split!r}; see --eval-split")
         return training, validation
     training, validation = (FrameDataset(*source) for source in sources)
     check_same_labels([training.index.manifest, validation.index.manifest])
@@ -109,21 +108,10 @@ def check_sizes(
 ) -> None:  # fmt: skip
     """Raises ValueError for a crop, or an image to evaluate, that is smaller than the model's two patches a side."""
     patch = net.config.vision_config.patch_size
-
-    def too_small(height: int, width: int) -> bool:
-        return min(net.model.vision_tower.padded_size(height, width)) < 2 * patch
-
-    if too_small(options.crop, options.crop):
+    if min(net.model.vision_tower.padded_size(options.crop, options.crop)) < 2 * patch:
         raise ValueError(f"--crop {options.crop} is under two patches of {patch} pixels; use {2 * patch} or more")
-    if isinstance(validation, PlainRows):
-        return  # each is checked as it is read
-    protocol, table = Protocol.of(processor), validation.index.table
-    for key, *size in zip(*(table[name].to_pylist() for name in ("key", "height", "width")), strict=True):
-        if too_small(*protocol.view_size(*size)):
-            raise ValueError(
-                f"{key} of {validation.folder}, split {validation.split}, has {size[0]}x{size[1]} pixels and is "
-                f"evaluated with two patches of {patch} a side or more; leave it out, or enlarge images by --eval-size"
-            )
+    if isinstance(validation, FrameDataset):  # rows without an index are checked as they are read
+        check_view_sizes(net, validation, Protocol.of(processor))
 
 
 def _config_changes(options: TrainOptions) -> dict[str, Any]:

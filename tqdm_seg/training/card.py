@@ -15,7 +15,7 @@ from tqdm_seg.configuration_tqdm import PRESETS
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.frames import FrameDataset, PlainRows
-from ..evaluation.figures import percent, short_protocol, sizes_text
+from ..evaluation.figures import absent_lines, mean_over, percent, short_protocol, sizes_text
 from .options import EXAMPLE, TrainOptions
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -47,6 +47,9 @@ def model_card(
         folder=json.dumps(options.push_to_hub or (options.out / ("model" if best_step is None else "best")).as_posix()),
         classes=[(i, plain(name), percent(results["iou"][name])) for i, name in model.config.id2label.items()],
         miou=percent(results["miou"]),
+        over=mean_over([results]),
+        absent=" ".join(map(plain, absent_lines(results))),
+        evaluated=evaluated_frames(training, validation),
         best_step=best_step,
         protocol=protocol,
         protocol_text=short_protocol(protocol),
@@ -64,6 +67,15 @@ def model_card(
         command=shlex.join(["accelerate", "launch", "train.py", *changed_options(options)]),
     )
     return f"{card}\n"
+
+
+def evaluated_frames(training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows) -> str:
+    """What the scored frames are: held back from training, or the very frames that are trained on."""
+    places = [
+        (frames.source if isinstance(frames, PlainRows) else frames.index.manifest["index_sha256"], frames.split)
+        for frames in (training, validation)
+    ]
+    return "frames that were trained on, which says nothing of others" if places[0] == places[1] else "held-back frames"
 
 
 def plain(text: str) -> str:

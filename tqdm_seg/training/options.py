@@ -21,13 +21,11 @@ FREE_OPTIONS = (
     "out", "resume", "dry_run", "workers", "log_every", "save_every_steps", "eval_every_steps", "keep", "overlays",
     "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
     "channels_last", "data", "eval_data", "model", "precision",
+    "class_set",
 )  # fmt: skip
 
 # Numbers that must be above 0; all others may be 0.
-_POSITIVE = (
-    "steps", "batch_size", "accumulation", "log_every", "keep", "crop", "lr", "vision_lr_mult", "temperature",
-    "lora_rank",
-)  # fmt: skip
+_POSITIVE = ("steps", "batch_size", "accumulation", "log_every", "keep", "crop", "lr", "vision_lr_mult", "temperature")
 
 _run = partial(option, group="run")
 _model = partial(option, group="model")
@@ -88,6 +86,10 @@ class TrainOptions:
     eval_size: tuple[int, int] | None = _data(
         None, type=size, help="fit evaluated images into this size (default: keep their size)"
     )
+    class_set: str | None = _data(
+        None, metavar="NAME|A,B", help="classes that mean IoU is over, which chooses best/: synthia-16, synthia-13, or "
+        "names (default: all classes)",
+    )  # fmt: skip
     no_index: bool = _data(
         False,
         help="read --data with datasets.load_dataset, without an index: any dataset of images and 8-bit masks of class "
@@ -213,7 +215,7 @@ class AblateOptions(TrainOptions):
     """
 
     out: Path = _run(Path("runs/ablation"), help="folder of the runs")
-    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", help="one run each")
+    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", type=int, help="one run each")
 
     def __post_init__(self) -> None:
         """Raises ValueError for what `train` refuses, and for options that the ablation sets itself."""

@@ -14,7 +14,7 @@ from ..data.frames import Frame, FrameDataset, PlainRows
 from ..data.label_maps import IGNORE_INDEX
 from ..data.palette import legend, tint
 from ..evaluation.evaluate import predict_frame
-from ..evaluation.figures import percent
+from ..evaluation.figures import mean_over, percent
 from ..evaluation.metrics import confusion_matrix, scores
 
 _GAP, _TITLE = 12, 30
@@ -24,8 +24,9 @@ _PANEL = 336  # least width of a panel in pixels; smaller images are enlarged
 def draw_comparison(frame: Frame, prediction: np.ndarray, class_names: dict[int, str]) -> Image.Image:
     """Image, ground truth and prediction (h, w) side by side, with mIoU and legend. Ignored pixels have no colour."""
     matrix = confusion_matrix(torch.from_numpy(prediction), torch.tensor(frame.labels), len(class_names), IGNORE_INDEX)
-    score = percent(scores(matrix, list(class_names.values()))["miou"])
-    titles = [frame.key, "ground truth", f"prediction, mIoU {score} % of this frame"]
+    results = scores(matrix, list(class_names.values()))
+    score = f"mIoU {percent(results['miou'])} % of this frame, over {mean_over([results])}"
+    titles = [frame.key, "ground truth", f"prediction, {score}"]
     height, width = frame.labels.shape
     factor = max(_PANEL / width, 1)
     size = (round(width * factor), round(height * factor))

@@ -16,8 +16,9 @@ from ..data.files import replace_folder, write_file
 from ..data.frames import FrameDataset, PlainRows, frame_loader
 from ..deploy.folder import push_folder, save_model_folder
 from ..evaluation.evaluate import score_frames
+from ..evaluation.figures import miou_text, percent
 from .build import unsharded
-from .card import model_card
+from .card import evaluated_frames, model_card
 from .log import Log
 from .options import TrainOptions
 from .overlays import draw_frames
@@ -43,7 +44,7 @@ class Reporter:
         """Logs the score, shows some frames, keeps the model if it is the best so far; returns the results."""
         mode = self.trained.training
         results = self.score()
-        self.log.write(step, miou=results["miou"])
+        self.log.write(step, miou=results["miou"], miou_classes=results["miou_classes"])
         if self.accelerator.is_main_process:
             if self.accelerator.trackers:
                 self.log.images(step, {name: np.asarray(drawing) for name, drawing in self.drawings(results)})
@@ -81,10 +82,11 @@ class Reporter:
     def closing_text(self, results: dict[str, Any]) -> str:
         """What the run ends with: its score, and the folder to use."""
         out, kept, last = self.options.out, self.kept(), results["miou"] or 0
-        text = f"mIoU {results['miou']} on {results['protocol']['frames']} held-back frames"
-        text += f". Model, results, overlays: {out}"
+        frames = f"{results['protocol']['frames']} {evaluated_frames(self.training, self.validation)}"
+        text = f"{miou_text(results)} on {frames}. Model, results, overlays: {out}"
         if kept["miou"] > last:
-            return f"{text}. Better: {out / 'best'}, mIoU {kept['miou']} after step {kept['step']}; use that"
+            better = f"{percent(kept['miou'])} % after step {kept['step']}"
+            return f"{text}. Better, by the same mean: {out / 'best'}, {better}; use that"
         return f"{text}. Use {out / 'model'}" + (", the best of the run" if self.options.eval_every_steps else "")
 
     def score(self) -> dict[str, object]:
@@ -92,7 +94,9 @@ class Reporter:
         self.whole = unsharded(self.accelerator, self.trained)
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         frames = frame_loader(self.validation, self.options.workers, process, processes)
-        return score_frames(self.whole, self.processor, frames, self.validation.label_map, self.accelerator)
+        return score_frames(
+            self.whole, self.processor, frames, self.validation.label_map, self.accelerator, self.options.class_set
+        )
 
     def write_model(self, folder: Path, results: dict[str, object]) -> None:
         """Model folder with its card and results.json."""
