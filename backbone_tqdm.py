@@ -165,7 +165,8 @@ class TqdmVisionModel(TqdmBaseModel):
         if self.config.patch_remainder == "stretch":
             return height, width
         patch = self.config.patch_size
-        return -(-height // patch) * patch, -(-width // patch) * patch
+        # ONNX divides towards zero, so -(-height // patch) would round the wrong way there.
+        return (height + patch - 1) // patch * patch, (width + patch - 1) // patch * patch
 
     def positions(self, h: int, w: int) -> Tensor:
         """Position embedding (1 + N, D) of a patch grid (h, w), see `resize_positions`."""

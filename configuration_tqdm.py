@@ -441,11 +441,6 @@ class TqdmConfig(PreTrainedConfig):
         """What the class of every row of the weights is called."""
         return [(self.display_names or {}).get(text, text) for text in self.query_texts]
 
-    @property
-    def reference_texts(self) -> list[str]:
-        """The query texts inside `reference_prompt`, in row order."""
-        return [self.reference_prompt.replace("{class}", text) for text in self.query_texts]
-
     def rows_of(self, names: Sequence[str]) -> list[int | None]:
         """The row of the weights of each class, by its name or query text; None for those that have none."""
         rows = {text: row for row, text in enumerate(self.query_texts)}
@@ -460,6 +455,17 @@ class TqdmConfig(PreTrainedConfig):
                 f"{listed(self.row_names)}; call set_classes() of the model for other classes, "
                 "config.rename_classes() for other names"
             )
+
+    @property
+    def custom_pipelines(self) -> dict[str, Any]:
+        """The pipeline of a folder's code, which `transformers.pipeline` takes where that code is trusted.
+
+        Made for each reader, as `pipeline` writes classes into it, which no config.json can hold.
+        """
+        if not type(self).__module__.startswith("transformers_modules."):
+            return {}
+        impl = "image_processing_tqdm.TqdmImageSegmentationPipeline"
+        return {"image-segmentation": {"impl": impl, "pt": ["AutoModelForSemanticSegmentation"]}}
 
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Changes the class list of a model to be made. Known names keep their query text, new ones are their own.
@@ -677,5 +683,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_points": 1024, "window_size": 224, "window_stride": 149,
     },
 }  # fmt: skip
+
+TqdmConfig.register_for_auto_class()
 
 __all__ = ["CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig"]

@@ -134,7 +134,8 @@ def short_softmax(scores: Tensor) -> Tensor:
     """Softmax over a short last dimension, in float32; on CPUs torch's own takes five times as long for a dozen."""
     if scores.device.type != "cpu" or torch.is_grad_enabled():
         return scores.softmax(-1, dtype=torch.float32)
-    exponentials = scores.float().sub(scores.amax(-1, keepdim=True)).exp_()
+    scores = scores.float()
+    exponentials = scores.sub(scores.amax(-1, keepdim=True)).exp_()
     return exponentials.div_(exponentials.sum(-1, keepdim=True))
 
 

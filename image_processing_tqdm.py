@@ -12,6 +12,7 @@ Letters: B batch, K classes, H W image.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from transformers.image_processing_backends import TorchvisionBackend
@@ -25,6 +26,7 @@ from transformers.image_utils import (
     SizeDict,
     is_valid_image,
 )
+from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
@@ -275,4 +277,19 @@ def _size_text(image: Tensor) -> str:
     return "x".join(map(str, image.shape[-2:]))
 
 
-__all__ = ["TqdmImageProcessor", "fitted_size"]
+class TqdmImageSegmentationPipeline(ImageSegmentationPipeline):
+    """transformers' pipeline, with images read by `as_rgb`; its own reader clips 16 bits and fractions to white.
+
+    What `pipeline(..., trust_remote_code=True)` makes of a model folder, see `TqdmConfig.custom_pipelines`.
+    """
+
+    def preprocess(
+        self, image: ImageInput | str, subtask: str | None = None, timeout: float | None = None
+    ) -> dict[str, Tensor | list[tuple[int, int]]]:
+        """Inputs of the model for one image, a path, URL or PIL image; raises as `as_rgb`."""
+        return super().preprocess(Image.fromarray(as_rgb(image, timeout=timeout)), subtask)
+
+
+TqdmImageProcessor.register_for_auto_class()
+
+__all__ = ["TqdmImageProcessor", "TqdmImageSegmentationPipeline", "fitted_size"]

@@ -16,7 +16,13 @@ _TIMEOUT = 60  # seconds without an answer
 _FIX = "pass uint8 values 0 ... 255, or fractions 0 ... 1 with do_rescale=False"
 
 
-def as_rgb(image: Any, name: str = "image", channels_first: bool | None = None, fractions: bool = False) -> np.ndarray:
+def as_rgb(
+    image: Any,
+    name: str = "image",
+    channels_first: bool | None = None,
+    fractions: bool = False,
+    timeout: float | None = None,
+) -> np.ndarray:
     """(H, W, 3) uint8 RGB of an image: a path, URL, the bytes of a file, a PIL image, an array or a torch tensor.
 
     files and PIL images   upright by EXIF; palette, grey, CMYK, YCbCr, HSV, LAB -> RGB by Pillow; alpha is dropped
@@ -27,13 +33,14 @@ def as_rgb(image: Any, name: str = "image", channels_first: bool | None = None, 
     fractions              refused, unless `fractions`: then 0 ... 1 -> float32
     refused                32-bit modes of Pillow (I, F), NaN, infinity, other numbers of bands, no pixels
 
+    timeout: seconds that a URL may be silent, 60 if None.
     Raises FileNotFoundError, or ValueError with one sentence that starts with the file or with `name`.
     """
     if isinstance(image, (str, PathLike)):
         name = shorten(fspath(image))
     try:
         if isinstance(image, (str, PathLike, bytes, bytearray)):
-            image = decode_image(image)
+            image = decode_image(image, timeout)
         if isinstance(image, Image.Image):
             return np.require(_to_bytes(_decoded(image), fractions), None, "CW")
         return np.require(_to_bytes(_bands_last(image, channels_first), fractions), None, "CW")
@@ -41,12 +48,12 @@ def as_rgb(image: Any, name: str = "image", channels_first: bool | None = None, 
         raise ValueError(f"{name} {error}") from error
 
 
-def decode_image(source: str | PathLike | bytes) -> Image.Image:
+def decode_image(source: str | PathLike | bytes, timeout: float | None = None) -> Image.Image:
     """The loaded image of a path, URL or the bytes of a file, checked and decoded as a whole.
 
     Raises FileNotFoundError; ValueError, to be read after the file's name, when it is no image, broken or cut short.
     """
-    content = source if isinstance(source, (bytes, bytearray)) else _read(fspath(source))
+    content = source if isinstance(source, (bytes, bytearray)) else _read(fspath(source), timeout)
     try:
         with Image.open(BytesIO(content)) as file:
             file.verify()  # checksums of PNG chunks, which decoding alone does not look at
@@ -83,10 +90,10 @@ def shorten(text: object, length: int = 120) -> str:
     return line if len(line) <= length else f"{line[: length - 4]} ..."
 
 
-def _read(source: str) -> bytes:
+def _read(source: str, timeout: float | None) -> bytes:
     try:
         if source.startswith(_URL):
-            with urlopen(source, timeout=_TIMEOUT) as answer:
+            with urlopen(source, timeout=timeout or _TIMEOUT) as answer:
                 return answer.read()
         with open(source, "rb") as file:
             return file.read()

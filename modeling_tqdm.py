@@ -130,6 +130,15 @@ class TqdmPreTrainedModel(TqdmBaseModel):
             model._wanted = None
         return loaded
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; the folder gets this code and the names by which every Auto class finds it."""
+        self.config.auto_map = {
+            "AutoConfig": "configuration_tqdm.TqdmConfig",
+            "AutoModel": "modeling_tqdm.TqdmModel",
+            "AutoModelForSemanticSegmentation": "modeling_tqdm.TqdmForSemanticSegmentation",
+        }
+        super().save_pretrained(*args, **kwargs)
+
     @torch.no_grad()
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
@@ -358,10 +367,10 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             labels = check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
             all_layers = True
         self.note_mode(labels)
-        outputs = self.model(
-            pixel_values, all_layers=self.training if all_layers is None else all_layers, return_dict=True,
-            output_hidden_states=output_hidden_states, output_attentions=output_attentions,
-        )  # fmt: skip
+        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
+        all_layers = self.training if all_layers is None else all_layers
+        outputs = self.model(pixel_values, all_layers=all_layers, return_dict=True, **recorded)
         terms = None
         if labels is not None:
             terms = self.compute_losses(
@@ -513,6 +522,9 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             self.config.check_rows()
         super().save_pretrained(*args, **kwargs)
 
+
+TqdmModel.register_for_auto_class("AutoModel")
+TqdmForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
 __all__ = [
     "TqdmForSemanticSegmentation",

@@ -44,7 +44,6 @@ from tqdm_seg.training.augment import TrainTransform
 from tqdm_seg.training.batches import RareClassSampling, TrainPlan, TrainSamples, planned_batches, train_loader
 
 BATCH = 8
-Decoder = Callable[[bytes], np.ndarray]
 
 
 @dataclass(kw_only=True)
@@ -90,10 +89,7 @@ def by_opencv(content: bytes) -> np.ndarray:
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
 
 
-# ---- loader
-
-
-def bare_decode(frames: FrameDataset, decode: Decoder, draws: np.ndarray) -> int:
+def bare_decode(frames: FrameDataset, decode: Callable[[bytes], np.ndarray], draws: np.ndarray) -> int:
     """Reads and decodes a batch and does nothing else."""
     return sum(decode(content).size for draw in draws for content in read_frame(frames.index, int(draw["frame"])))
 
@@ -158,9 +154,6 @@ def measure_loader(settings: DataSettings, folder: Path) -> None:
     write_results(settings, "loader", title, results, list(decoders))
 
 
-# ---- audit
-
-
 def hash_results(folder: Path, suffix: str, settings: DataSettings) -> list[Result]:
     """Seconds per image of hashing and of decoding alone; a round reads every file four times."""
     make_frames(folder / suffix, settings.images, (720, 1280), noise=10, suffix=suffix)
@@ -188,9 +181,6 @@ def measure_audit(settings: DataSettings, folder: Path) -> None:
         results = hash_results(folder, suffix, settings)
         minutes = ((first + second) * results[0].seconds + comparison.seconds) / 60
         print(f"{results_table(results, [results[1].name])}\naudit of {first:,} x {second:,}: {minutes:.1f} min")
-
-
-# ---- metric
 
 
 def street_maps(height: int, width: int, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -222,7 +212,7 @@ def measure_metric(settings: DataSettings, folder: Path) -> None:
 
 
 def measure_data(settings: DataSettings) -> None:
-    """Measures what is asked for; the library under test has one thread."""
+    """Measures what is asked for; torch has one thread."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         programs = {"loader": measure_loader, "audit": measure_audit, "metric": measure_metric}

@@ -35,7 +35,7 @@ from torch import Tensor
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.deploy.export import OnnxSegmenter, WindowModel, export_onnx
 from tqdm_seg.deploy.options import OPSET
-from tqdm_seg.deploy.speed import DTYPES, ready_to_predict
+from tqdm_seg.deploy.speed import ready_to_predict
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.program import option, size
 
@@ -62,15 +62,11 @@ def build_published(preset: str, shape: tuple[int, int], device: torch.device) -
     return Work(order, partial(random_images, count=1, size=shape, device=device), numbers=order.scores, notes=notes)
 
 
-def precision_of(name: str) -> str:
-    """What the name of a variant says."""
-    return next((part for part in ("bf16", "int8") if part in name), "fp32")
-
-
 def make_ready(model: TqdmForSemanticSegmentation, name: str) -> TqdmForSemanticSegmentation:
     """Makes our model ready to predict, in place, as the name of a variant says."""
+    precision = next((part for part in ("bf16", "int8") if part in name), "fp32")
     if name != "ours-plain":
-        ready_to_predict(model, precision_of(name), "compiled" in name)
+        ready_to_predict(model, precision, "compiled" in name)
     if "no-overlap" in name:
         model.config.window_stride = model.config.window_size
     if "whole-image" in name:
@@ -81,11 +77,11 @@ def make_ready(model: TqdmForSemanticSegmentation, name: str) -> TqdmForSemantic
 def build_ours(name: str, preset: str, shape: tuple[int, int], device: torch.device) -> Work:
     """Our model as the name says."""
     inputs = partial(random_images, count=1, size=shape, device=device)
-    precision, notes = precision_of(name), ""
-    model, dtype = make_ready(random_model(preset, device), name), DTYPES[precision]
+    model = make_ready(random_model(preset, device), name)
+    dtype, notes = model.dtype, ""
     if name == "ours-plain":
         return Work(lambda image: model.segment(image).argmax(1), inputs, numbers=model.segment)
-    if precision == "int8":
+    if name == "ours-int8":
         dtype, notes = torch.int8, "8 bits in the vision tower only; utilisation is of 8-bit products all the same"
     if name == "ours-exported":
         folder = Path(tempfile.mkdtemp())
@@ -98,7 +94,7 @@ def build_ours(name: str, preset: str, shape: tuple[int, int], device: torch.dev
         """In eager float32, as the counter cannot look into the others."""
         return make_ready(random_model(preset, device), "ours-exact").segment_labels
 
-    hidden = precision == "int8" or "compiled" in name or name == "ours-exported"
+    hidden = "compiled" in name or name in ("ours-int8", "ours-exported")
     return Work(model.segment_labels, inputs, dtype, model.segment, counted if hidden else None, notes=notes)
 
 

@@ -1,9 +1,6 @@
 """Seconds, peak memory, operations and utilisation of variants, each in its own process, in turns.
 
-    def build(width: int, device: torch.device) -> Work:  # a function of a module: it runs in another process
-        return Work(torch.nn.Linear(width, width).to(device), lambda number: torch.randn(9, width, device=device))
-
-    results = measure({"plain": partial(build, 64)}, Settings(repeats=5))
+    results = measure({"plain": partial(build, 64)}, Settings(repeats=5))  # build: width, device -> Work
 
 Only one process computes at a time. After the warm-ups the variants take turns, so that other load on the machine hits
 all of them. Before each timed call the caches are overwritten and the rate of a large matrix product in the variant's
@@ -134,9 +131,6 @@ def choose(variants: dict[str, Builder], only: tuple[str, ...] | None) -> dict[s
     return {name: build for name, build in variants.items() if only is None or name in only}
 
 
-# ---- one call
-
-
 def seconds_of(call: Callable, *arguments: Any, device: torch.device = CPU) -> float:
     """Wall-clock time of a call until the device is done; its result is freed after the clock."""
     wait = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
@@ -174,13 +168,20 @@ def count_operations(call: Callable[[], Any]) -> int:
 class Worker:
     """A variant inside its process."""
 
+    here: "Worker"  # that of this process
+
     def __init__(self, build: Builder, settings: Settings):
+        Worker.here = self
         use_huge_pages()
         set_float32_arithmetic("fp32")
         if settings.threads:
             torch.set_num_threads(settings.threads)
         self.builder, self.settings, self.device = build, settings, settings.torch_device
         self.base = psutil.Process().memory_info().rss
+
+    @staticmethod
+    def ask(method: str, *arguments: Any) -> Any:
+        return getattr(Worker.here, method)(*arguments)
 
     def prepare(self) -> dict[str, Any]:
         """Builds, with the same random numbers for every variant, and warms up; returns fields of the `Result`."""
@@ -229,28 +230,17 @@ class Worker:
         return numbers, count_operations(lambda: call(work.inputs(0)))
 
 
-def start_worker(build: Builder, settings: Settings) -> None:
-    """First call in the process of a variant."""
-    global worker
-    worker = Worker(build, settings)
-
-
-def ask_worker(method: str, *arguments: Any) -> Any:
-    """Calls a method of the worker in this process."""
-    return getattr(worker, method)(*arguments)
-
-
 class Runner:
     """This side of the process of a variant. After the first failure it answers None to everything."""
 
     def __init__(self, name: str, build: Builder, settings: Settings):
         self.result, self.turns = Result(name), []
-        self.pool = ProcessPoolExecutor(1, get_context("spawn"), start_worker, (build, settings))
+        self.pool = ProcessPoolExecutor(1, get_context("spawn"), Worker, (build, settings))
 
     def ask(self, method: str, *arguments: Any) -> Any:
         if self.result.error is None:
             try:
-                return self.pool.submit(ask_worker, method, *arguments).result()
+                return self.pool.submit(Worker.ask, method, *arguments).result()
             except Exception:
                 self.result.error = traceback.format_exc()
                 print(f"{self.result.name} failed: {self.result.last_line}", file=sys.stderr, flush=True)
@@ -280,10 +270,7 @@ class Runner:
 
 
 def measure(variants: dict[str, Builder], settings: Settings, in_turns: bool = True) -> list[Result]:
-    """Measures the variants round by round, or one after the other where together they would not fit the memory.
-
-    A variant that fails leaves its traceback in `Result.error`, and the others go on without it.
-    """
+    """Measures the variants round by round, or one after the other; those that fail have a traceback as `error`."""
     results, wanted = [], None
     for group in [list(variants)] if in_turns else [[name] for name in variants]:
         runners = [Runner(name, variants[name], settings) for name in group]
@@ -344,10 +331,7 @@ def cells(result: Result, baselines: list[Result]) -> dict[str, str]:
 
 
 def results_table(results: list[Result], baselines: list[str], leave_out: tuple[str, ...] = ()) -> str:
-    """Markdown, without empty columns; baselines: what speed is divided by, and memory by the first.
-
-    Baselines that were not run have no column.
-    """
+    """Markdown, without empty columns; baselines: what speed is divided by, where they ran, and memory by the first."""
     by_name = {result.name: result for result in results}
     rows = [cells(result, [by_name[name] for name in baselines if name in by_name]) for result in results]
     header = [key for key in rows[0] if key not in leave_out and any(row[key] != "–" for row in rows)]

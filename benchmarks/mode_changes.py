@@ -74,15 +74,10 @@ def changes_on_packs(variant: str) -> dict[str, float]:
     return {"pack_difference": difference, "pack_pixels_changed": changed / pixels}
 
 
-def class_ids(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, image: np.ndarray) -> torch.Tensor:
-    """Class ids of an image (H, W, 3) at its own size."""
-    return predict(model, processor, Protocol().views(image, processor), image.shape[:2], Protocol())
-
-
-def held_back_score(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor) -> float:
-    """mIoU on the held-back frames of the quick start."""
-    frames = FrameDataset(str(ROOT / "examples" / "orfd_mini"), "validation")
-    return score_frames(model, processor, frames, {}, Accelerator(cpu=True))["miou"]
+def class_ids(model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, path: Path) -> torch.Tensor:
+    """Class ids of an image at its own size."""
+    image = np.asarray(Image.open(path).convert("RGB"))
+    return predict(model, processor, Protocol().views(image, processor), image.shape[:2], Protocol(), str(path))
 
 
 def row_cells(row: dict[str, Any]) -> list[str]:
@@ -93,22 +88,23 @@ def row_cells(row: dict[str, Any]) -> list[str]:
 def measure_modes(settings: ModeSettings) -> None:
     """Measures every mode, prints and writes the table; the first mode is what the others are compared with."""
     rows, plain = [], None
+    held_back = FrameDataset(str(ROOT / "examples" / "orfd_mini"), "validation")
     paths = [path for pattern in IMAGES for path in sorted(ROOT.glob(pattern))]
     for name in settings.only:
         variant, (model, processor) = MODES[name], load_model(settings.model)
         make_ready(model, variant)
-        labels = [class_ids(model, processor, np.asarray(Image.open(path).convert("RGB"))) for path in paths]
+        labels = [class_ids(model, processor, path) for path in paths]
         plain = plain or labels
         changed = sum(int((ours != first).sum()) for ours, first in zip(labels, plain, strict=True))
+        held_back_scores = score_frames(model, processor, held_back, {}, Accelerator(cpu=True))
         rows.append({
-            "mode": name, **changes_on_packs(variant), "miou": held_back_score(model, processor),
+            "mode": name, **changes_on_packs(variant), "miou": held_back_scores["miou"],
             "pixels_changed": changed / sum(ids.numel() for ids in plain),
         })  # fmt: skip
         print(" | ".join(row_cells(rows[-1])), flush=True)
     header = ["mode", *(title for title, _ in COLUMNS.values())]
     page = f"# What the faster modes change\n\n{markdown_table(header, [row_cells(row) for row in rows])}\n"
-    content = {"facts": run_facts(Settings(device="cpu")), "rows": rows}
-    write_pair(settings.out, "mode_changes", content, page)
+    write_pair(settings.out, "mode_changes", {"facts": run_facts(Settings(device="cpu")), "rows": rows}, page)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,6 @@ import torch
 import transformers as hf
 from measure import Work, random_images
 from torch import Tensor, nn
-from transformers.models.eomt import modeling_eomt
-from transformers.models.mask2former import modeling_mask2former
 
 # Width and heads of Swin's stages; width, layers, heads and mask blocks of EoMT.
 SWINS = {"mask2former-swin-b": (128, [4, 8, 16, 32]), "mask2former-swin-l": (192, [6, 12, 24, 48])}
@@ -24,24 +22,22 @@ OTHER_MODELS = (*SWINS, *EOMTS, "segformer-b5")
 CLASSES = {index: f"class {index}" for index in range(19)}
 
 
+# The losses, which inference never calls, ask for scipy.
+@mock.patch("transformers.models.mask2former.modeling_mask2former.requires_backends", lambda *_: None)
+@mock.patch("transformers.models.eomt.modeling_eomt.requires_backends", lambda *_: None)
 def build_other(name: str, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Work:
     """One of `OTHER_MODELS` at an image size; EoMT reads square windows, as its image processor splits images."""
     side, notes, offsets, more = min(size), "", None, {}
-    # The losses, which inference never calls, ask for scipy.
-    with (
-        mock.patch.object(modeling_mask2former, "requires_backends"),
-        mock.patch.object(modeling_eomt, "requires_backends"),
-    ):
-        if name in SWINS:
-            model, processor = mask2former(*SWINS[name]), hf.Mask2FormerImageProcessor()
-        elif name in EOMTS:
-            model = eomt(*EOMTS[name], side)
-            processor = hf.EomtImageProcessor(size={"shortest_edge": side, "longest_edge": None}, do_split_image=True)
-            offsets = processor(torch.zeros(3, *size, dtype=torch.uint8), return_tensors="pt").patch_offsets
-            more = {"patch_offsets": offsets}
-            notes = f"windows of {side}: {len(offsets)}; masked attention annealed away, as in trained weights"
-        else:
-            model, processor = segformer(), hf.SegformerImageProcessor()
+    if name in SWINS:
+        model, processor = mask2former(*SWINS[name]), hf.Mask2FormerImageProcessor()
+    elif name in EOMTS:
+        model = eomt(*EOMTS[name], side)
+        processor = hf.EomtImageProcessor(size={"shortest_edge": side, "longest_edge": None}, do_split_image=True)
+        offsets = processor(torch.zeros(3, *size, dtype=torch.uint8), return_tensors="pt").patch_offsets
+        more = {"patch_offsets": offsets}
+        notes = f"windows of {side}: {len(offsets)}; masked attention annealed away, as in trained weights"
+    else:
+        model, processor = segformer(), hf.SegformerImageProcessor()
     model.eval().requires_grad_(False).to(device, dtype)
 
     def inputs(number: int) -> Tensor:

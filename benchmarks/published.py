@@ -22,17 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tqdm_seg import loss_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.loss_tqdm import (
-    LossCounts,
-    choose_points,
-    class_loss,
-    dice_loss,
-    mask_loss,
-    sample_logits,
-    textual_loss,
-    visual_loss,
-)
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.train import batch_counts
 from tqdm_seg.windows_tqdm import window_corners
@@ -114,11 +105,11 @@ class PublishedTraining:
         terms, last = {}, outputs.class_logits.shape[1] - 1
         for layer in range(last + 1):
             chosen = None if points is None else points[layer]
-            logits = outputs.class_logits[:, layer], outputs.mask_logits[:, layer]
-            values = self.layer_losses(*logits, batch, counts, chosen)
+            values = self.layer_losses(outputs, layer, batch, counts, chosen)
             terms |= {name if layer == last else f"{name}_{layer}": value for name, value in values.items()}
-        terms["loss_textual"] = config.textual_loss_weight * textual_loss(outputs.text_embeddings, self.teacher_text)
-        terms["loss_visual"] = config.visual_loss_weight * visual_loss(outputs.image_embedding, teacher)
+        textual = loss_tqdm.textual_loss(outputs.text_embeddings, self.teacher_text)
+        terms["loss_textual"] = config.textual_loss_weight * textual
+        terms["loss_visual"] = config.visual_loss_weight * loss_tqdm.visual_loss(outputs.image_embedding, teacher)
         score_map = outputs.score_map / config.score_map_temperature
         score_map = F.interpolate(score_map, labels.shape[1:], mode="bilinear", align_corners=False)
         entropy = F.cross_entropy(score_map, labels, ignore_index=config.ignore_index, reduction="none").sum()
@@ -126,32 +117,29 @@ class PublishedTraining:
         return terms
 
     def layer_losses(
-        self,
-        class_logits: Tensor,
-        mask_logits: Tensor,
-        batch: dict[str, Any],
-        counts: LossCounts,
-        points: Tensor | None,
+        self, outputs: Any, layer: int, batch: dict[str, Any], counts: loss_tqdm.LossCounts, points: Tensor | None
     ) -> dict[str, Tensor]:
-        """class_logits (B, K, K + 1), mask_logits (B, K, h, w), points (M, P, 2) or random ones -> three terms."""
+        """Three terms of a layer at points (M, P, 2) or random ones."""
+        class_logits, mask_logits = outputs.class_logits[:, layer], outputs.mask_logits[:, layer]
         config = self.config
         supervised = torch.zeros(mask_logits.shape[:2], dtype=torch.bool, device=mask_logits.device)
         for positive, logits, (classes, masks) in zip(supervised, mask_logits, batch["masks"], strict=True):
             matched = torch.rand(1, 1, config.num_points, 2, device=masks.device)
             for maps in (logits, masks.float()):  # what a matcher would compare
-                sample_logits(maps[None], matched.expand(-1, len(maps), -1, -1))
+                loss_tqdm.sample_logits(maps[None], matched.expand(-1, len(maps), -1, -1))
             positive[classes] = True
         picked = mask_logits[supervised][None]  # (1, M, h, w)
         if points is None:
-            points = choose_points(
+            points = loss_tqdm.choose_points(
                 picked, picked.new_ones(2), config.num_points, config.oversample_ratio, config.importance_sample_ratio
             )[0]
-        point_logits = sample_logits(picked, points[None])  # (1, M, P)
-        targets = sample_logits(torch.cat([masks for _, masks in batch["masks"]]).float()[None], points[None])
+        point_logits = loss_tqdm.sample_logits(picked, points[None])  # (1, M, P)
+        targets = loss_tqdm.sample_logits(torch.cat([masks for _, masks in batch["masks"]]).float()[None], points[None])
         masks = counts.masks.clamp(min=1)
-        entropy = class_loss(class_logits[:, None], batch["mask_index"], config.no_object_weight, counts.class_weight)
+        weights = config.no_object_weight, counts.class_weight
+        entropy = loss_tqdm.class_loss(class_logits[:, None], batch["mask_index"], *weights)
         return {
             "loss_class": config.class_loss_weight * entropy[0],
-            "loss_mask": config.mask_loss_weight * mask_loss(point_logits, targets, masks)[0],
-            "loss_dice": config.dice_loss_weight * dice_loss(point_logits, targets, masks)[0],
+            "loss_mask": config.mask_loss_weight * loss_tqdm.mask_loss(point_logits, targets, masks)[0],
+            "loss_dice": config.dice_loss_weight * loss_tqdm.dice_loss(point_logits, targets, masks)[0],
         }

@@ -83,10 +83,8 @@ def take_step(loss: Callable[[Batch], Tensor], optimizer: torch.optim.Optimizer,
 def without_waits(step: Callable[[Batch], None], batch: Batch) -> None:
     """A step that fails on a GPU where it makes the host wait for the device."""
     torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    step(batch)
+    torch.cuda.set_sync_debug_mode("default")
 
 
 def comparable(model: TqdmForSemanticSegmentation, terms: dict[str, Tensor]) -> Tensor:
@@ -131,7 +129,7 @@ def build_ours(name: str, settings: TrainingSettings, device: torch.device) -> W
     return Work(call, inputs, dtype, lambda _: numbers, counted=lambda: step(model))
 
 
-def build_published(settings: TrainingSettings, anomaly: bool, device: torch.device) -> Work:
+def build_published(name: str, settings: TrainingSettings, device: torch.device) -> Work:
     """The published order of work."""
     model = random_model(settings.preset, device).train().requires_grad_()
     published = PublishedTraining(model)
@@ -152,7 +150,7 @@ def build_published(settings: TrainingSettings, anomaly: bool, device: torch.dev
     torch.manual_seed(0)
     numbers = comparable(model, published.losses(batch, target, points))
     published.teacher.train()
-    torch.autograd.set_detect_anomaly(anomaly)  # in the whole process of this variant
+    torch.autograd.set_detect_anomaly(name == ANOMALY)  # in the whole process of this variant
     return Work(partial(take_step, loss, optimizer), inputs, numbers=lambda _: numbers)
 
 
@@ -172,12 +170,10 @@ def drawn_points(model: TqdmForSemanticSegmentation, batch: Batch) -> Tensor:
 
 def all_variants(settings: TrainingSettings) -> dict[str, Builder]:
     """Everything that can run."""
-    variants = {BASELINE: partial(build_published, settings, False)}
-    if ANOMALY in (settings.only or ()):
-        variants[ANOMALY] = partial(build_published, settings, True)
-    ours = ("ours-exact", *OURS_IN_BF16, *OURS_IN_PRECISION)
-    ours = [name for name in ours if settings.compile or name != "ours-compiled"]
-    return variants | {name: partial(build_ours, name, settings) for name in ours}
+    ours = ["ours-exact", *OURS_IN_BF16, *(OURS_IN_PRECISION if settings.compile else OURS_IN_PRECISION[:1])]
+    published = [name for name in (BASELINE, ANOMALY) if name == BASELINE or name in (settings.only or ())]
+    builders = dict.fromkeys(published, build_published) | dict.fromkeys(ours, build_ours)
+    return {name: partial(build, name, settings) for name, build in builders.items()}
 
 
 def measure_training(settings: TrainingSettings) -> int:

@@ -239,7 +239,7 @@ def compare_inference(pack: Pack) -> list[Row]:
     rows += compare_scores(pack, model)
     model.prepare_for_inference()
     for row in compare_scores(pack, model):
-        row.name += ", frozen and fused"
+        row.name += ", frozen and prepared"
         rows.append(row)
     return rows
 

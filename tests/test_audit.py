@@ -1,4 +1,4 @@
-"""Leaked test scenes are found, by name, by time and by picture, and the published lists give the published overlap."""
+"""Leaked test scenes are found, by name, by time and by image, and the published lists give the published overlap."""
 
 import csv
 import io
@@ -26,7 +26,7 @@ from tqdm_seg.data.scenes import canonical_name, recording_time
 LISTS = ALL_LISTS / "scenes"
 IMAGES = "near-duplicate images"
 START = 1623721490000  # a frame's milliseconds since 1970
-# How a picture is stored that is shown upright under each EXIF orientation.
+# How an image is stored that is shown upright under each EXIF orientation.
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
@@ -71,7 +71,7 @@ def names(path: Path, *lines: str) -> Path:
 
 @cache
 def scenery(seed: int, height: int = 180, width: int = 320) -> Image.Image:
-    """A picture like a photograph: large forms stronger than small ones, a horizon, a few things with sharp edges."""
+    """An image like a photograph: large forms stronger than small ones, a horizon, a few things with sharp edges."""
     rng = np.random.default_rng(seed)
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)) + 1 / width
     field = np.fft.ifft2(np.fft.fft2(rng.normal(size=(3, height, width))) / frequency**1.3).real  # (3, H, W)
@@ -104,11 +104,13 @@ def brightened(factor: float) -> Callable[[Image.Image], Image.Image]:
     return lambda p: ImageEnhance.Brightness(p).enhance(factor)
 
 
-def pictures(folder: Path, made: list[Image.Image], prefix: str = "", suffix: str = ".png", **options: object) -> Path:
-    """A folder of pictures, named 00, 01, ... behind the prefix."""
+def save_images(
+    folder: Path, made: list[Image.Image], prefix: str = "", suffix: str = ".png", **options: object
+) -> Path:
+    """A folder of images, named 00, 01, ... behind the prefix."""
     folder.mkdir(parents=True)
-    for i, picture in enumerate(made):
-        picture.save(folder / f"{prefix}{i:02d}{suffix}", **options)
+    for i, image in enumerate(made):
+        image.save(folder / f"{prefix}{i:02d}{suffix}", **options)
     return folder
 
 
@@ -157,11 +159,11 @@ def test_scenes_near_in_time_are_those_within_the_minutes_that_are_not_the_same(
 
 
 def test_two_parts_of_one_drive_are_found(tmp_path, audit):
-    # The raw folders of ORFD: the drive is the folder above image_data, its label pictures are no frames.
+    # The raw folders of ORFD: the drive is the folder above image_data, its label images are no frames.
     for part, first in (("training", 0), ("validation", 9)):
         scene = tmp_path / part / "x2021_0223_1756"
-        pictures(scene / "image_data", [scenery(first), scenery(first + 1)], str(START + 1000 * first)[:-2])
-        pictures(scene / "gt_image", [scenery(99)])
+        save_images(scene / "image_data", [scenery(first), scenery(first + 1)], str(START + 1000 * first)[:-2])
+        save_images(scene / "gt_image", [scenery(99)])
     result = audit(tmp_path / "validation", tmp_path / "training")
     assert result.status == 3 and "LEAKS: same scene 1\n" in result.out, result.err
     assert [part["frames"] for part in result.report["sets"]] == [2, 2]
@@ -261,7 +263,7 @@ def test_names_that_stand_twice_in_a_list_are_named(lines, tmp_path, audit):
     assert result.status == 1 and "twice" in result.err and f"{lines[2]} in line 3" in result.err
 
 
-# -- pictures -------------------------------------------------------------------------------------------
+# -- images -------------------------------------------------------------------------------------------
 
 CHANGES = {
     "JPEG 50": (lambda p: p, {"suffix": ".jpg", "quality": 50}),
@@ -283,16 +285,16 @@ CHANGES = {
 def test_a_picture_is_found_in_another_form_and_taken_for_no_other(change, tmp_path, audit):
     alter, stored_as = CHANGES[change]
     originals = [scenery(seed) for seed in range(12)]
-    first = pictures(tmp_path / "a", originals, "a")
-    second = pictures(tmp_path / "b", [alter(p) for p in originals[:9]], "b", **stored_as)
+    first = save_images(tmp_path / "a", originals, "a")
+    second = save_images(tmp_path / "b", [alter(p) for p in originals[:9]], "b", **stored_as)
     result = audit(first, second)
     found = {(a[1:3], b[1:3]) for a, b, _ in result.pairs(IMAGES)}
     assert result.status == 3 and found == {(f"{i:02d}", f"{i:02d}") for i in range(9)}
 
 
 def test_different_pictures_are_not_found(tmp_path, audit):
-    first = pictures(tmp_path / "a", [scenery(seed, 90, 160) for seed in range(100, 140)], "a")
-    second = pictures(tmp_path / "b", [scenery(seed, 90, 160) for seed in range(200, 240)], "b")
+    first = save_images(tmp_path / "a", [scenery(seed, 90, 160) for seed in range(100, 140)], "a")
+    second = save_images(tmp_path / "b", [scenery(seed, 90, 160) for seed in range(200, 240)], "b")
     result = audit(first, second)
     assert result.status == 0 and result.pairs(IMAGES) == []
     assert "no leak; checked: same frame, near-duplicate images" in result.out
@@ -301,9 +303,9 @@ def test_different_pictures_are_not_found(tmp_path, audit):
 def test_a_fine_texture_is_found_as_jpeg(tmp_path, audit):
     # Decoding JPEGs at an eighth of their size changed its hash by more than the default distance.
     textures = [bricks(seed) for seed in range(6)]
-    first = pictures(tmp_path / "a", textures)
+    first = save_images(tmp_path / "a", textures)
     for quality in (50, 75, 95):
-        second = pictures(tmp_path / f"{quality}", textures, suffix=".jpg", quality=quality)
+        second = save_images(tmp_path / f"{quality}", textures, suffix=".jpg", quality=quality)
         found = {(Path(a).stem, Path(b).stem) for a, b, _ in audit(first, second).pairs(IMAGES)}
         assert {(f"{i:02d}", f"{i:02d}") for i in range(6)} <= found
 
@@ -311,27 +313,27 @@ def test_a_fine_texture_is_found_as_jpeg(tmp_path, audit):
 def test_pictures_of_one_colour_are_left_out_with_a_note(tmp_path, audit):
     noise = np.random.default_rng(0).integers(99, 102, (90, 160), np.uint8)
     plain = [Image.new("RGB", (160, 90), "grey"), Image.fromarray(noise)]
-    first = pictures(tmp_path / "a", [*plain, scenery(1)], "a")
-    second = pictures(tmp_path / "b", [*plain, scenery(1)], "b")
+    first = save_images(tmp_path / "a", [*plain, scenery(1)], "a")
+    second = save_images(tmp_path / "b", [*plain, scenery(1)], "b")
     result = audit(first, second)
     assert result.status == 3 and result.pairs(IMAGES) == [("a02.png", "b02.png", 0)]
     left_out = [f"2 images of {folder} are of one even colour, not compared" for folder in (first, second)]
     assert result.report["checks"][IMAGES]["notes"] == left_out
-    result = audit(first, pictures(tmp_path / "c", plain[:1], "c"))
+    result = audit(first, save_images(tmp_path / "c", plain[:1], "c"))
     assert result.status == 0 and "1 images of" in result.out
 
 
 @pytest.mark.parametrize("orientation", STORED)
 def test_a_jpeg_that_exif_turns_equals_its_upright_copy(orientation, tmp_path, audit):
     upright = [scenery(seed) for seed in range(3)]
-    sideways = [picture.transpose(STORED[orientation]) for picture in upright]
+    sideways = [image.transpose(STORED[orientation]) for image in upright]
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
-    first = pictures(tmp_path / "a", upright, "a", ".jpg", quality=90)
-    turned = pictures(tmp_path / "b", sideways, "b", ".jpg", quality=90, exif=exif)
+    first = save_images(tmp_path / "a", upright, "a", ".jpg", quality=90)
+    turned = save_images(tmp_path / "b", sideways, "b", ".jpg", quality=90, exif=exif)
     found = {(a[1:3], b[1:3]) for a, b, _ in audit(first, turned).pairs(IMAGES)}
     assert found == {("00", "00"), ("01", "01"), ("02", "02")}
-    as_stored = pictures(tmp_path / "c", sideways, "c", ".jpg", quality=90)
+    as_stored = save_images(tmp_path / "c", sideways, "c", ".jpg", quality=90)
     assert audit(first, as_stored).pairs(IMAGES) == []
 
 
@@ -342,16 +344,16 @@ def exif_bytes(*tags: tuple[int, int, int]) -> bytes:
 
 
 def test_odd_exif_tags_beside_the_orientation_do_no_harm(tmp_path, audit):
-    # A width of type BYTE: Pillow reads it, but cannot write it, which it tries when it turns the picture.
+    # A width of type BYTE: Pillow reads it, but cannot write it, which it tries when it turns the image.
     exif = exif_bytes((0x0100, 1, 5), (ExifTags.Base.Orientation, 3, 6))
-    first = pictures(tmp_path / "a", [scenery(1)], "a")
-    second = pictures(tmp_path / "b", [scenery(1).transpose(STORED[6])], "b", ".jpg", exif=exif)
+    first = save_images(tmp_path / "a", [scenery(1)], "a")
+    second = save_images(tmp_path / "b", [scenery(1).transpose(STORED[6])], "b", ".jpg", exif=exif)
     assert [found[:2] for found in audit(first, second).pairs(IMAGES)] == [("a00.png", "b00.jpg")]
 
 
 def broken_files() -> dict[str, bytes]:
-    """Pictures that cannot be compared."""
-    files = {"no_picture.png": b"<html>404</html>", "empty.jpg": b""}
+    """Images that cannot be compared."""
+    files = {"no_image.png": b"<html>404</html>", "empty.jpg": b""}
     for name, exif in (("cut.png", None), ("cut.jpg", None), ("exif.png", b"II*\0\x08")):
         scenery(1).save(content := io.BytesIO(), {"png": "PNG", "jpg": "JPEG"}[name[-3:]], exif=exif or Image.Exif())
         files[name] = content.getvalue() if exif else content.getvalue()[:-2000]
@@ -360,7 +362,7 @@ def broken_files() -> dict[str, bytes]:
 
 
 def test_broken_and_16_bit_pictures_are_named_and_the_others_compared(tmp_path, audit):
-    first, second = (pictures(tmp_path / name, [scenery(5), scenery(6)], name) for name in "ab")
+    first, second = (save_images(tmp_path / name, [scenery(5), scenery(6)], name) for name in "ab")
     for name, content in broken_files().items():
         (first / name).write_bytes(content)
     (second / "cut.png").write_bytes(broken_files()["cut.png"])
@@ -377,7 +379,7 @@ def test_broken_and_16_bit_pictures_are_named_and_the_others_compared(tmp_path, 
 
 
 def test_no_pictures_compares_names_only(tmp_path, audit):
-    first, second = (pictures(tmp_path / name, [scenery(5)], name) for name in "ab")
+    first, second = (save_images(tmp_path / name, [scenery(5)], name) for name in "ab")
     (first / "cut.png").write_bytes(b"")
     result = audit(first, second, "--no-images")
     assert result.status == 0 and result.report["checks"][IMAGES]["skipped"] == "--no-images was given"
@@ -454,18 +456,18 @@ def test_a_split_that_is_not_there_is_an_error_that_names_those_that_are(prepare
 
 
 def test_linked_folders_are_read_once_and_hidden_files_not_at_all(tmp_path, audit):
-    folder = pictures(tmp_path / "a" / "deep", [scenery(1)], "a").parent
+    folder = save_images(tmp_path / "a" / "deep", [scenery(1)], "a").parent
     (folder / "round").symlink_to(folder, target_is_directory=True)
-    (folder / "elsewhere").symlink_to(pictures(tmp_path / "far", [scenery(2)], "far"), target_is_directory=True)
+    (folder / "elsewhere").symlink_to(save_images(tmp_path / "far", [scenery(2)], "far"), target_is_directory=True)
     (folder / "._a00.png").write_bytes(b"what macOS leaves behind")
-    result = audit(folder, pictures(tmp_path / "b", [scenery(2)], "b"))
+    result = audit(folder, save_images(tmp_path / "b", [scenery(2)], "b"))
     assert result.status == 3 and result.pairs(IMAGES) == [("elsewhere/far00.png", "b00.png", 0)]
     assert result.report["sets"][0]["frames"] == 2
 
 
 def test_a_folder_that_cannot_be_opened_stops_the_audit(tmp_path, audit, monkeypatch):
-    folder = pictures(tmp_path / "a", [scenery(1)], "a")
-    pictures(folder / "closed", [scenery(2)], "c")
+    folder = save_images(tmp_path / "a", [scenery(1)], "a")
+    save_images(folder / "closed", [scenery(2)], "c")
     scandir = os.scandir
 
     def closed(path: object) -> object:
@@ -474,7 +476,7 @@ def test_a_folder_that_cannot_be_opened_stops_the_audit(tmp_path, audit, monkeyp
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", closed)
-    result = audit(folder, pictures(tmp_path / "b", [scenery(2)], "b"))
+    result = audit(folder, save_images(tmp_path / "b", [scenery(2)], "b"))
     assert result.status == 1 and str(folder / "closed") in result.err
 
 
@@ -485,10 +487,10 @@ def test_a_folder_that_cannot_be_opened_stops_the_audit(tmp_path, audit, monkeyp
 def two_sets(tmp_path) -> tuple[Path, Path]:
     """Folders that have in common more than is printed, by every check."""
     drive = [scenery(seed, 60, 80) for seed in range(30)]
-    pictures(tmp_path / "a" / "x0613_1627" / "image_data", drive)
-    pictures(tmp_path / "b" / "y0613_1627" / "image_data", drive[:25])
+    save_images(tmp_path / "a" / "x0613_1627" / "image_data", drive)
+    save_images(tmp_path / "b" / "y0613_1627" / "image_data", drive[:25])
     for scene, stamp in (("a/x0613_1630", START), ("b/y0613_1634", START + 12_300)):
-        pictures(tmp_path / scene / "image_data", [scenery(stamp, 60, 80)], str(stamp)[:-2])
+        save_images(tmp_path / scene / "image_data", [scenery(stamp, 60, 80)], str(stamp)[:-2])
     return tmp_path / "a", tmp_path / "b"
 
 
@@ -543,7 +545,7 @@ def test_the_order_of_names_makes_no_difference(tmp_path, audit):
 
 
 def test_file_names_that_are_no_text_can_be_reported(tmp_path, audit):
-    first, second = (pictures(tmp_path / name, [scenery(1)]) for name in "ab")
+    first, second = (save_images(tmp_path / name, [scenery(1)]) for name in "ab")
     try:
         (first / "00.png").rename(first / os.fsdecode(b"caf\xe9.png"))
     except OSError:
@@ -557,7 +559,7 @@ def test_file_names_that_are_no_text_can_be_reported(tmp_path, audit):
     ("first", "named"),
     [
         ("nowhere.txt", "nowhere.txt"), ("empty.txt", "empty.txt is empty"), ("folder", "folder holds no image"),
-        ("picture.png", "picture.png is no text file"), ("x" * 300, "File name too long"),
+        ("image.png", "image.png is no text file"), ("x" * 300, "File name too long"),
         ("frames.txt", "hold nothing that could be compared"),
     ],
     ids=lambda value: value[:20],
@@ -566,7 +568,7 @@ def test_bad_input_is_named_with_one_line(first, named, tmp_path, audit):
     names(tmp_path / "empty.txt")
     names(tmp_path / "frames.txt", "00001.png")
     (tmp_path / "folder").mkdir()
-    scenery(1).save(tmp_path / "picture.png")
+    scenery(1).save(tmp_path / "image.png")
     result = audit(tmp_path / first, LISTS / "orfd_train_scenes.txt")
     assert result.status == 1 and named in result.err and result.report is None
 

@@ -69,12 +69,12 @@ def as_layout(table: FrameTable, layout: int, rng: np.random.Generator) -> str:
         parts = [counts // 3, counts // 5]
         parts.append(counts - sum(parts))
         for part, share in zip(parts, (1, 2, frames - 3), strict=True):
-            hits, truth, predicted = part.diagonal(), part.sum(1), part.sum(0)
+            hits, ground_truth, predicted = part.diagonal(), part.sum(1), part.sum(0)
             values = {"scene": scene if rng.random() < 0.5 else canonical_name(scene), "n_frames": share}
             values |= {f"{t}-{p}": part[t, p] for t in (0, 1) for p in (0, 1)}
             for k in (0, 1):
-                values |= {f"class{k}_intersect": hits[k], f"class{k}_union": truth[k] + predicted[k] - hits[k]}
-                values |= {f"class{k}_pred_label": predicted[k], f"class{k}_label": truth[k]}
+                values |= {f"class{k}_intersect": hits[k], f"class{k}_union": ground_truth[k] + predicted[k] - hits[k]}
+                values |= {f"class{k}_pred_label": predicted[k], f"class{k}_label": ground_truth[k]}
             lines.append(",".join(str(values[name]) for name in header))
     return "\n".join([",".join(header), *rng.permutation(lines)]) + "\n"
 
@@ -82,12 +82,12 @@ def as_layout(table: FrameTable, layout: int, rng: np.random.Generator) -> str:
 def random_table(seed: int, classes: int = 4, scenes: int = 6, rows: int = 40) -> FrameTable:
     """Frames of made-up scenes; the ground truth depends on the number of rows, not on the seed."""
     shared, rng = np.random.default_rng(rows), np.random.default_rng(seed)
-    truth = shared.integers(0, 1000, (rows, classes))
-    truth[:, -1] = 0
+    ground_truth = shared.integers(0, 1000, (rows, classes))
+    ground_truth[:, -1] = 0
     counts = np.zeros((rows, classes, classes + 1), np.int64)
     for row, of_class in np.ndindex(rows, classes):
         shares = rng.dirichlet(np.where(np.arange(classes + 1) == of_class, 3, 0.4))
-        counts[row, of_class] = rng.multinomial(truth[row, of_class], shares)
+        counts[row, of_class] = rng.multinomial(ground_truth[row, of_class], shares)
     return FrameTable(
         frames=[f"frames/{row}.png" for row in range(rows)],
         scenes=[f"place{row % scenes}" for row in range(rows)],
@@ -294,7 +294,7 @@ def test_more_than_two_classes_get_a_table_of_their_own(capsys, pair):
     a, b = (table_.counts.sum(0) for table_ in (random_table(0, classes=3), random_table(1, classes=3)))
     a, b = (counts[0, 0] / (counts[0].sum() + counts[:, 0].sum() - counts[0, 0]) for counts in (a, b))
     assert table[0][1:] == [f"{a:.4f}", f"{b:.4f}", f"{(b - a) * 100:+.2f}%"]
-    # Never in the truth, but predicted: 0, not undefined.
+    # Never in the ground truth, but predicted: 0, not undefined.
     assert table[2][1:3] == ["0.0000", "0.0000"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
 from shard_helpers import contents, orfd, photo, prepare, save
 
@@ -391,6 +391,21 @@ def test_plain_data_with_wrong_columns_ids_or_files_is_named(plain, tmp_path):
     row["photo"]["bytes"] = photo(tmp_path / "other.png", 40, 40).read_bytes()
     with pytest.raises(ValueError, match=r"label of 0_0.png in .* is 48x40, its image 40x40 \(width x height\)"):
         plain_of(plain).frame(row, 0)
+
+
+def test_a_column_that_holds_no_images_is_named(tmp_path):
+    features = Features({"image": Image(), "label": ClassLabel(names=list(CLASSES))})
+    rows = {"image": [PILImage.new("RGB", (4, 4))], "label": [0]}
+    Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="column 'label' of .* holds ClassLabel"):
+        next(PlainRows(str(tmp_path), "train", CLASSES).rows())
+
+
+def test_the_identity_of_frames_is_their_content_not_their_place(folder, tmp_path):
+    for name, content in contents(folder).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert FrameDataset(str(folder), "train").identity == FrameDataset(str(tmp_path), "train").identity
 
 
 def test_a_prepared_folder_reads_as_plain_data_too(folder):

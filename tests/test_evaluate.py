@@ -90,7 +90,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 
 def slow_counts(model: Path, data: Path, split: str = "validation") -> dict[str, Counter]:
-    """{frame: {(truth, prediction): pixels}}, a pixel at a time, predicted as the README shows."""
+    """{frame: {(ground truth, prediction): pixels}}, a pixel at a time, predicted as the README shows."""
     net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
     found = {}
     for frame in frame_loader(FrameDataset(str(data), split), 0):
@@ -99,8 +99,8 @@ def slow_counts(model: Path, data: Path, split: str = "validation") -> dict[str,
         ids = processor.post_process_semantic_segmentation(outputs, target_sizes=[frame.labels.shape])[0].tolist()
         pairs = Counter()
         for true_row, row in zip(frame.labels.tolist(), ids, strict=True):
-            for truth, prediction in zip(true_row, row, strict=True):
-                pairs[truth, prediction] += truth != 255
+            for ground_truth, prediction in zip(true_row, row, strict=True):
+                pairs[ground_truth, prediction] += ground_truth != 255
         found[frame.key] = pairs
     return found
 
@@ -116,15 +116,15 @@ def test_all_figures_equal_a_slow_computation(model, data, finished):
     assert total == 4 * (SIZE[0] * SIZE[1] - 64) and results["protocol"]["frames"] == 5
     ious, weighted = [], 0
     for k, name in enumerate(CLASSES):
-        truth = sum(pairs[k, p] for p in range(3))
+        ground_truth = sum(pairs[k, p] for p in range(3))
         predicted = sum(pairs[t, k] for t in range(3))
-        iou = ratio(pairs[k, k], truth + predicted - pairs[k, k])
+        iou = ratio(pairs[k, k], ground_truth + predicted - pairs[k, k])
         assert results["iou"][name] == (iou if iou is None else pytest.approx(iou, abs=1e-14))
-        assert results["accuracy"][name] == ratio(pairs[k, k], truth)
+        assert results["accuracy"][name] == ratio(pairs[k, k], ground_truth)
         ious += [] if iou is None else [iou]
-        weighted += (iou or 0) * truth / total
+        weighted += (iou or 0) * ground_truth / total
         assert results["matrix"][k] == [*(pairs[k, p] for p in range(3)), 0]
-    assert results["accuracy"]["sky"] is None and results["iou"]["sky"] == 0  # predicted, but not in the truth
+    assert results["accuracy"]["sky"] is None and results["iou"]["sky"] == 0  # predicted, but not in the ground truth
     assert all(pairs[t, p] for t in (0, 1) for p in range(3))  # nothing here is trivially right
     assert results["miou"] == pytest.approx(sum(ious) / len(ious), abs=1e-14)
     assert results["frequency_weighted_iou"] == pytest.approx(weighted, abs=1e-14)
@@ -134,14 +134,14 @@ def test_all_figures_equal_a_slow_computation(model, data, finished):
 def test_two_classes_have_precision_recall_f_and_iou_of_the_positive_one(offroad_model, offroad, finished_offroad):
     positive = json.loads((finished_offroad / "results.json").read_text())["sets"]["orfd"]["positive_class"]
     pairs = sum(slow_counts(offroad_model, offroad).values(), Counter())
-    hits, truth, predicted = pairs[1, 1], pairs[1, 0] + pairs[1, 1], pairs[0, 1] + pairs[1, 1]
-    assert min(hits, truth - hits, predicted - hits) > 0
+    hits, ground_truth, predicted = pairs[1, 1], pairs[1, 0] + pairs[1, 1], pairs[0, 1] + pairs[1, 1]
+    assert min(hits, ground_truth - hits, predicted - hits) > 0
     assert positive == {
         "name": "traversable",
         "precision": pytest.approx(hits / predicted),
-        "recall": pytest.approx(hits / truth),
-        "f_score": pytest.approx(2 * hits / (truth + predicted)),
-        "iou": pytest.approx(hits / (truth + predicted - hits)),
+        "recall": pytest.approx(hits / ground_truth),
+        "f_score": pytest.approx(2 * hits / (ground_truth + predicted)),
+        "iou": pytest.approx(hits / (ground_truth + predicted - hits)),
     }
 
 
@@ -157,7 +157,7 @@ def test_every_figure_follows_from_the_table_of_frames(model, data, finished):
             counts[:, :3].tolist() == [[slow[frame][t, p] for p in range(3)] for t in range(3)]
             and not counts[:, 3].any()
         )
-    assert table.counts[-1].sum() == 0  # a frame without truth has its row, too
+    assert table.counts[-1].sum() == 0  # a frame without ground truth has its row, too
     again = scores(torch.tensor(table.counts.sum(0)), table.classes)
     assert {name: results[name] for name in again} == again and table.protocol == results["protocol"]
     groups = {row["name"]: row for row in results["groups"]["scene"]}
@@ -197,16 +197,16 @@ def test_a_set_without_any_label_has_no_figures_and_says_so(model, tmp_path, cap
 
 def test_counting_for_a_gpu_equals_counting_for_a_processor(monkeypatch):
     rng = np.random.default_rng(0)
-    truth, ids = (torch.from_numpy(rng.choice([0, 1, 2, 255], (50, 60)).astype(np.uint8)) for _ in range(2))
-    expected = confusion_matrix(ids, truth, 3)
+    ground_truth, ids = (torch.from_numpy(rng.choice([0, 1, 2, 255], (50, 60)).astype(np.uint8)) for _ in range(2))
+    expected = confusion_matrix(ids, ground_truth, 3)
 
     def scatter(pairs, cells):
         pairs.scatter_add_(0, cells.long(), pairs.new_ones(1).expand(len(cells)))
 
     monkeypatch.setattr(metrics_module, "_count_into", scatter)
-    assert torch.equal(confusion_matrix(ids, truth, 3, check=False), expected)
-    truth[0] = 7  # no class: left out, so that the sum tells
-    assert confusion_matrix(ids, truth, 3, check=False).sum() < (truth != 255).sum()
+    assert torch.equal(confusion_matrix(ids, ground_truth, 3, check=False), expected)
+    ground_truth[0] = 7  # no class: left out, so that the sum tells
+    assert confusion_matrix(ids, ground_truth, 3, check=False).sum() < (ground_truth != 255).sum()
 
 
 # -- protocols ------------------------------------------------------------------------------------------
@@ -283,17 +283,17 @@ def test_augmented_test_is_the_mean_over_scales_and_mirror_images_by_hand(model,
                 scores = net(flipped).logits
             scores = torch.nn.functional.interpolate(scores, SIZE, mode="bilinear").softmax(1)
             total = total + (scores if flipped is resized else scores.flip(-1))
-    found = predict(net, processor, protocol.views(frame.image, processor), SIZE, protocol)
+    found = predict(net, processor, protocol.views(frame.image, processor), SIZE, protocol, frame.key)
     assert torch.equal(found.long(), total[0].argmax(0))
 
 
 def test_offnet_ground_truth_is_a_quarter_of_its_input_and_changes_counts_but_not_predictions():
     labels = np.zeros((720, 1280), np.uint8)
     labels[301:, 77:] = 1
-    truth = Protocol(offnet=True).ground_truth(labels).numpy()
+    ground_truth = Protocol(offnet=True).ground_truth(labels).numpy()
     rows, columns = np.arange(720) * 176 // 720, np.arange(1280) * 320 // 1280
     small = labels[np.arange(176) * 720 // 176][:, np.arange(320) * 1280 // 320]
-    assert np.array_equal(truth, small[rows][:, columns]) and truth.sum() != labels.sum()
+    assert np.array_equal(ground_truth, small[rows][:, columns]) and ground_truth.sum() != labels.sum()
     assert cv2.resize(labels, (320, 176), interpolation=cv2.INTER_NEAREST).shape == (176, 320)
     assert np.array_equal(Protocol().ground_truth(labels).numpy(), labels)
 
@@ -356,7 +356,7 @@ def test_a_killed_evaluation_goes_on_from_the_frames_it_has(
     assert files(out) == files(finished_offroad)
 
 
-def test_a_finished_evaluation_is_not_done_again_but_can_be_grouped_anew(
+def test_a_finished_evaluation_is_not_done_again_but_can_be_grouped_again(
     model, data, finished, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"

@@ -1,16 +1,24 @@
 """Folders of models: damaged ones are refused in one line, and every saved one loads through every door."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import micro_model
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tqdm_seg.deploy.folder import load_model, save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +111,146 @@ def test_whole_folders_load(folder):
     model, _ = load_model(folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+# ---- Every way of saving against every way of loading
+
+# Run in a fresh process in a folder of its own: loads by every door, prints the ids of an image by each.
+DOORS = """
+import json, sys
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
+folder, photo, holds = sys.argv[1:]
+ours, names = {"trust_remote_code": True}, ["road", "traffic light", "sky"]
+image, found = Image.open(photo), {}
+processor = AutoImageProcessor.from_pretrained(folder, **ours)
+if holds == "model":
+    found["config"] = list(AutoConfig.from_pretrained(folder, **ours).id2label.values())
+    model = AutoModelForSemanticSegmentation.from_pretrained(folder, **ours).eval()
+    base = AutoModel.from_pretrained(folder, **ours).eval()
+    values = processor(images=image, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        found["model"] = model.segment_labels(values, (40, 40))[0].flatten().tolist()
+        assert torch.equal(base(values).mask_logits, model.model(values).mask_logits)
+    segments = pipeline("image-segmentation", folder, trust_remote_code=True)(photo)
+    found["pipeline"] = {part["label"]: sum(map(bool, part["mask"].getdata())) for part in segments}
+from tqdm_seg.deploy.export import export
+from tqdm_seg.deploy.folder import load_model
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+if holds == "model":
+    model, processor = load_model(__import__("pathlib").Path(folder))
+    found["ours"] = model.segment_labels(values, (40, 40))[0].flatten().tolist()
+else:
+    TqdmImageProcessor.from_pretrained(folder)
+print("FOUND", json.dumps(found))
+"""
+
+
+def by_auto_classes(saved: Path):
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
+
+    model = AutoModelForSemanticSegmentation.from_pretrained(saved, trust_remote_code=True)
+    return model, AutoImageProcessor.from_pretrained(saved, trust_remote_code=True)
+
+
+def save_frozen(saved: Path, out: Path) -> None:
+    """README: Auto class, freeze_text, save_pretrained."""
+    model, processor = by_auto_classes(saved)
+    model.freeze_text()
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def save_own_classes(saved: Path, out: Path) -> None:
+    TqdmForSemanticSegmentation.from_pretrained(saved).save_pretrained(out)
+    TqdmImageProcessor.from_pretrained(saved).save_pretrained(out)
+
+
+def save_new(saved: Path, out: Path) -> None:
+    micro_model().save_pretrained(out)
+    TqdmImageProcessor().save_pretrained(out)
+
+
+def save_in_parts(saved: Path, out: Path) -> None:
+    """Weights in several files, as large models have them."""
+    micro_model().save_pretrained(out, max_shard_size="50KB")
+    TqdmImageProcessor().save_pretrained(out)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+
+
+def save_processor(saved: Path, out: Path) -> None:
+    TqdmImageProcessor().save_pretrained(out)
+
+
+def save_processor_again(saved: Path, out: Path) -> None:
+    by_auto_classes(saved)[1].save_pretrained(out)
+
+
+def save_twice(saved: Path, out: Path) -> None:
+    """A copy of a copy, by both kinds of classes."""
+    save_own_classes(saved, out.with_name("first"))
+    model, processor = by_auto_classes(out.with_name("first"))
+    model.save_pretrained(out)
+    processor.save_pretrained(out)
+
+
+def save_by_trainer(saved: Path, out: Path) -> None:
+    """A checkpoint that transformers' Trainer leaves."""
+    from transformers import Trainer, TrainingArguments
+
+    model, processor = by_auto_classes(saved)
+    row = {"pixel_values": torch.randn(3, 32, 32), "labels": torch.zeros(32, 32, dtype=torch.long)}
+    settings = TrainingArguments(
+        str(out.with_name("trainer")), max_steps=1, save_steps=1, learning_rate=0.0, report_to=[], use_cpu=True,
+        per_device_train_batch_size=1, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, settings, train_dataset=[row, row], processing_class=processor).train()
+    shutil.move(out.with_name("trainer") / "checkpoint-1", out)
+
+
+def save_by_push(saved: Path, out: Path) -> None:
+    """What push_to_hub uploads."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: type("Repo", (), {"repo_id": "me/it"})())
+        patch.setattr(
+            "transformers.utils.hub.PushToHubMixin._upload_modified_files",
+            lambda self, folder, *_, **__: shutil.copytree(folder, out, dirs_exist_ok=True),
+        )
+        for part in by_auto_classes(saved):
+            part.push_to_hub("me/it")
+
+
+def save_by_us(saved: Path, out: Path) -> None:
+    save_model_folder(*load_model(saved), out)
+
+
+ROUTES = [
+    save_frozen, save_own_classes, save_new, save_in_parts, save_processor, save_processor_again, save_twice,
+    save_by_trainer, save_by_push, save_by_us,
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", ROUTES, ids=lambda route: route.__name__.removeprefix("save_"))
+def test_every_saved_folder_loads_through_every_door(saved, save, tmp_path):
+    out, photo = tmp_path / "saved", tmp_path / "photo.png"
+    save(saved, out)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(photo)
+    holds = "processor" if save in (save_processor, save_processor_again) else "model"
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", DOORS, str(out), str(photo), holds], capture_output=True, text=True, cwd=tmp_path,
+        env=environment, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    if holds == "processor":
+        return
+    found = json.loads(done.stdout.split("FOUND ")[1])
+    model, processor = load_model(saved)
+    values = processor(images=Image.open(photo), return_tensors="pt").pixel_values
+    expected = model.segment_labels(values, (40, 40))[0].flatten().tolist()
+    names = ["road", "traffic light", "sky"]
+    assert found["config"] == names
+    assert found["model"] == found["ours"] == expected
+    assert found["pipeline"] == {names[label]: expected.count(label) for label in set(expected)}

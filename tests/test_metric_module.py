@@ -62,7 +62,7 @@ def test_it_agrees_with_our_scores_however_the_images_are_added(load, seed):
     assert found["per_category_accuracy"] == pytest.approx(class_accuracy(matrix).tolist(), abs=0, nan_ok=True)
     assert math.isnan(found["per_category_iou"][5]) and found["mean_accuracy"] > 0
     assert found["images"] == 5 and found["labelled_pixels"] == sum(int((r != 255).sum()) for r in references)
-    # It begins anew, and one call gives the same.
+    # It starts again, and one call gives the same.
     again = metric.compute(predictions=predictions, references=references)
     assert str(again) == str(found)  # NaN and all
 
@@ -179,13 +179,13 @@ def test_the_matrix_counts_pairs_of_any_ids(monkeypatch, ignored, num_classes):
     monkeypatch.setattr(metrics_module, "CHUNK", 64)
     rng = np.random.default_rng(num_classes)
     values = np.array([*range(min(num_classes, 4)), num_classes - 1, ignored])
-    prediction, truth = (values[rng.integers(0, len(values), 300)] for _ in range(2))
+    prediction, ground_truth = (values[rng.integers(0, len(values), 300)] for _ in range(2))
     expected = Counter(
         (t, num_classes if p == ignored else p)
-        for p, t in zip(prediction.tolist(), truth.tolist(), strict=True)
+        for p, t in zip(prediction.tolist(), ground_truth.tolist(), strict=True)
         if t != ignored
     )
-    found = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(truth), num_classes, ignored)
+    found = confusion_matrix(torch.from_numpy(prediction), torch.from_numpy(ground_truth), num_classes, ignored)
     assert {(t, p): n for t, row in enumerate(found.tolist()) for p, n in enumerate(row) if n} == dict(expected)
 
 
@@ -204,9 +204,9 @@ def test_a_strange_id_is_found_wherever_it_stands(monkeypatch, dtype):
 
 
 def test_the_maps_are_left_as_they_were():
-    prediction, truth = (torch.tensor([0, 1, 255], dtype=torch.int32) for _ in range(2))
-    confusion_matrix(prediction, truth, 2)
-    assert prediction.tolist() == truth.tolist() == [0, 1, 255]
+    prediction, ground_truth = (torch.tensor([0, 1, 255], dtype=torch.int32) for _ in range(2))
+    confusion_matrix(prediction, ground_truth, 2)
+    assert prediction.tolist() == ground_truth.tolist() == [0, 1, 255]
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_only_what_the_mark_names_is_replaced(tmp_path):
         check_out_folder(out, "convert")
     with pytest.raises(FileExistsError, match="notes"):
         check_out_folder(out, "export", whole=True)
-    claim_folder(out, "export")  # files beside ours stay where a folder fills up step by step
+    claim_folder(out, "export")  # other files stay where a folder fills up step by step
     assert (out / "notes").read_text() == "mine"
 
 

@@ -63,7 +63,7 @@ config, base, model, processor = [x.from_pretrained(FOLDER, trust_remote_code=Tr
 images = [Image.open(photo).convert("RGB") for photo in PHOTOS]
 pipe = pipeline("image-segmentation", model=FOLDER, trust_remote_code=True)
 results = {{"single": [pipe(image) for image in images], "batched": pipe(images, batch_size=2)}}
-# Every class has a decimal digit of its own, so that gaps and overlaps between masks show.
+# Every class has its own decimal digit, so that gaps and overlaps between masks show.
 maps = {{
     key: np.stack([sum((np.array(part["mask"]) > 0) * (10 ** config.label2id[part["label"]]) for part in parts)
                   for parts in result])

@@ -156,7 +156,7 @@ def test_robustnet_lists_are_whole():
 
 
 def cityscapes(root: Path, split: str, city: str, ids: list[int]) -> None:
-    """One frame with its label, and the other files that lie beside it."""
+    """One frame with its label, and the other files next to it."""
     frame = f"{city}_000000_000019"
     photo(root / "leftImg8bit" / split / city / f"{frame}_leftImg8bit.png", 1, len(ids))
     for what in ("labelIds", "instanceIds", "color", "labelTrainIds"):

@@ -53,7 +53,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path, suffix, classes, none):
     write_table(tmp_path / f"frames{suffix}", table)
     assert_same(read_table(tmp_path / f"frames{suffix}"), table)
     (tmp_path / "frames.csv.json").unlink(missing_ok=True)
-    if suffix == ".csv":  # the file beside it may be missing
+    if suffix == ".csv":  # the file next to it may be missing
         bare = replace(table, classes=[str(k) for k in range(classes)], protocol={})
         assert_same(read_table(tmp_path / "frames.csv"), bare)
 
@@ -86,14 +86,14 @@ def test_every_score_follows_from_the_table(tmp_path):
     generator = torch.Generator().manual_seed(0)
     values = torch.tensor([0, 1, 2, 255])
     maps = [values[torch.randint(4, (2, 9, 7), generator=generator)] for _ in range(6)]
-    counts = torch.stack([confusion_matrix(prediction, truth, 3) for prediction, truth in maps]).numpy()
+    counts = torch.stack([confusion_matrix(prediction, ground_truth, 3) for prediction, ground_truth in maps]).numpy()
     table = FrameTable([str(i) for i in range(6)], ["a"] * 6, {}, counts, ["a", "b", "c"], {})
-    prediction, truth = (torch.stack(side) for side in zip(*maps, strict=True))
+    prediction, ground_truth = (torch.stack(side) for side in zip(*maps, strict=True))
     for suffix in (".parquet", ".csv"):
         write_table(tmp_path / f"t{suffix}", table)
         found = read_table(tmp_path / f"t{suffix}")
         assert scores(torch.from_numpy(found.counts.sum(0)), found.classes) == scores(
-            confusion_matrix(prediction, truth, 3), ["a", "b", "c"]
+            confusion_matrix(prediction, ground_truth, 3), ["a", "b", "c"]
         )
 
 
@@ -108,10 +108,10 @@ def test_both_layouts_in_circulation_give_the_same_counts(tmp_path, seed, none):
     cells |= {f"{t}-none": table.counts[:, t, 2] for t in (0, 1)} if none else {}
     totals = {}
     for k in (0, 1):
-        hits, truth, predicted = table.counts[:, k, k], table.counts[:, k].sum(1), table.counts[:, :, k].sum(1)
-        totals[f"class{k}_intersect"], totals[f"class{k}_union"] = hits, truth + predicted - hits
-        totals[f"class{k}_pred_label"], totals[f"class{k}_label"] = predicted.astype(float), truth
-        totals[f"class{k}_recall"] = hits / np.maximum(truth, 1)
+        hits, ground_truth, predicted = table.counts[:, k, k], table.counts[:, k].sum(1), table.counts[:, :, k].sum(1)
+        totals[f"class{k}_intersect"], totals[f"class{k}_union"] = hits, ground_truth + predicted - hits
+        totals[f"class{k}_pred_label"], totals[f"class{k}_label"] = predicted.astype(float), ground_truth
+        totals[f"class{k}_recall"] = hits / np.maximum(ground_truth, 1)
         totals[f"class{k}_precision"] = ["nan"] * 20
     for name, columns in (("file1.csv", cells), ("file2.csv", totals)):
         columns = {**text, **columns}
@@ -142,7 +142,7 @@ BAD_TABLES = {
     "no count columns": ("frame,scene\na,x\n", "no columns of counts"),
     "missing frame column": ("scene,0-0,0-1,1-0,1-1\nx,1,2,3,4\n", "first column must name the frame"),
     "column twice": ("frame,scene,0-0,0-0\na,x,1,2\n", "'0-0' is listed 2 times"),
-    "prediction without truth": ("frame,scene,0-0,0-1\na,x,1,2\n", "'0-1' predicts a class that has no ground"),
+    "prediction without ground truth": ("frame,scene,0-0,0-1\na,x,1,2\n", "'0-1' predicts a class that has no ground"),
     "negative": (FILE1_HEADER + GOOD + "b,1,2,-3,4,s,r,d,x\n", "row 2, column '1-0': -3"),
     "fraction": (FILE1_HEADER + GOOD + "b,1,2.5,3,4,s,r,d,x\n", "row 2, column '0-1': 2.5"),
     "NaN": (FILE1_HEADER + GOOD + "b,nan,2,3,4,s,r,d,x\n", "row 2, column '0-0': a missing value"),
@@ -158,8 +158,11 @@ BAD_TABLES = {
     "row too long": (FILE1_HEADER + GOOD + "b,1,2,3,4,s,r,d,x,y\n", "Row #3.*as many fields in every row"),
     "no frames in a sum": ("scene,0-0,n_frames\nx,1,0\n", "row 1, column 'n_frames' is no number of frames"),
     "wrong union": (FILE2_HEADER + "\na,x,5,8,7,7,2,6,4,4\n", "row 1, column 'class0_union' is not class0_pred_label"),
-    "hits beyond truth": (FILE2_HEADER + "\na,x,5,4,5,4,2,3,2,3\n", "row 1, column 'class"),
-    "taken beyond truth": (FILE2_HEADER + "\na,x,5,9,7,7,2,16,14,4\n", "row 1, column 'class0_label' is too small"),
+    "hits beyond labels": (FILE2_HEADER + "\na,x,5,4,5,4,2,3,2,3\n", "row 1, column 'class"),
+    "taken beyond labels": (
+        FILE2_HEADER + "\na,x,5,9,7,7,2,16,14,4\n",
+        "row 1, column 'class0_label' is too small",
+    ),
     "negative total": (FILE2_HEADER + "\na,x,-5,9,7,7,2,6,4,4\n", "row 1, column 'class0_intersect': -5"),
     "missing total": (FILE2_HEADER.replace("class1_union,", "") + "\na,x,5,9,7,7,2,4,4\n", "no column class1_union"),
     "totals of three classes": (FILE2_HEADER + ",class2_union\na,x,5,9,7,7,2,6,4,4,1\n", "not of 0, 1, 2"),
@@ -280,9 +283,9 @@ def test_group_sums_equal_a_slow_loop_and_stay_exact(seed):
     expected: dict[str, list[list[int]]] = {}
     for scene, counts in zip(table.scenes, table.counts.tolist(), strict=True):
         sums = expected.setdefault(scene, [[0] * 4 for _ in range(3)])
-        for truth in range(3):
+        for ground_truth in range(3):
             for prediction in range(4):
-                sums[truth][prediction] += counts[truth][prediction]
+                sums[ground_truth][prediction] += counts[ground_truth][prediction]
     found = group_sums(table.counts, table.scenes)
     assert list(found) == sorted(expected)
     assert {scene: sums.tolist() for scene, sums in found.items()} == expected

@@ -62,7 +62,7 @@ def test_the_published_order_gives_losses_and_gradients_of_the_model(model, imag
 def test_every_mode_makes_the_published_step():
     device = torch.device("cpu")
     settings = TrainingSettings(preset="tiny", size=(64, 64), batch_size=2, device="cpu", compile="eager")
-    published = build_published(settings, False, device)
+    published = build_published(BASELINE, settings, device)
     wanted = published.numbers(None)
     for name in ("ours-exact", "ours-checkpointing", "ours-compiled", "ours-bf16-teacher"):
         work = build_ours(name, settings, device)

@@ -18,13 +18,14 @@ from accelerate import Accelerator
 
 from tqdm_seg.train import train
 
-from .data.files import example, read_json, write_file
+from .data.files import claim_folder, example, read_json, write_file
 from .data.frames import FrameDataset, frame_loader
 from .data.sources.folder import prepare_folder
 from .deploy.folder import load_model
 from .evaluation.evaluate import score_frames
 from .program import takes
-from .training.options import AblateOptions
+from .training.build import open_data
+from .training.options import AblateOptions, TrainOptions
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "all of it": {},
@@ -39,6 +40,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @takes(AblateOptions)
 def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
     """Trains what is missing and writes the table; returns the mIoU per variant, domain and seed."""
+    open_data(TrainOptions(**options.of_run()))  # raises before anything is written
+    claim_folder(options.out, "ablate")
     unseen = unseen_frames(options.out)
     figures: dict[str, dict[str, list[float]]] = {}
     for variant, changes in VARIANTS.items():

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import numbers
 import re
 import sys
 import traceback
@@ -25,6 +26,8 @@ O = TypeVar("O")  # noqa: E741
 R = TypeVar("R")
 
 DEBUG = "--debug"
+LONGEST = 300  # characters of an error
+LARGEST = 2**63
 _MISSING = dataclasses.MISSING
 
 
@@ -45,6 +48,26 @@ def finite(text: str) -> float:
     return value
 
 
+def whole(text: str) -> int:
+    """A whole number that fits into 64 bits."""
+    value = int(text)
+    if abs(value) >= LARGEST:
+        raise argparse.ArgumentTypeError(f"{cut(text, 30)} is too large; expected a number below 2**63")
+    return value
+
+
+def filled(text: str) -> str:
+    """A text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("an empty text; give a value or leave it out")
+    return text
+
+
+def path(text: str) -> Path:
+    """A path, which '' is not: it would be the working directory."""
+    return Path(filled(text))
+
+
 def size(text: str) -> tuple[int, int]:
     """'480x640' -> (480, 640): height, then width, as in tensors."""
     height, separator, width = text.partition("x")
@@ -58,6 +81,8 @@ def names(text: str) -> tuple[str, ...]:
     found = tuple(name.strip() for name in text.split(","))
     if not all(found):
         raise argparse.ArgumentTypeError(f"{text!r} has an empty name between its commas")
+    if len({*found}) < len(found):
+        raise argparse.ArgumentTypeError(f"{text!r} has a name twice; give each one once")
     return found
 
 
@@ -69,7 +94,8 @@ class Parser(argparse.ArgumentParser):
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:
             message += did_you_mean(unknown[1], list(self._option_string_actions))
-        self.exit(2, f"error: {one_line(message)}; see {self.prog} --help\n")
+        help_ = f"; see {self.prog} --help"
+        self.exit(2, f"error: {readable(message, LONGEST - len(help_))}{help_}\n")
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
@@ -80,6 +106,18 @@ def did_you_mean(word: str, known: Sequence[str]) -> str:
 def one_line(text: str) -> str:
     """The text with every run of white space as one space."""
     return " ".join(text.split())
+
+
+def cut(text: object, length: int = 60) -> str:
+    """The text on one line, no longer than `length`."""
+    line = one_line(str(text))
+    return line if len(line) <= length else line[: length - 3] + "..."
+
+
+def readable(text: str, length: int = LONGEST) -> str:
+    """The text on one line of readable length: its begin, which says what, and its end, which says what to do."""
+    line, half = one_line(text), length // 2 - 3
+    return line if len(line) <= length else f"{line[:half]} ... {line[-half:]}"
 
 
 def parser_of(options: type, description: str | None, prog: str | None = None) -> Parser:
@@ -116,7 +154,7 @@ def parser_of(options: type, description: str | None, prog: str | None = None) -
 
 def _metavar(name: str, argument: dict[str, Any]) -> str:
     """What stands for an option's value in its help: by its type, else the last word of its name."""
-    by_type = {int: "N", finite: "X", Path: "FILE", size: "HxW", names: "A,B,..."}
+    by_type = {whole: "N", int: "N", finite: "X", path: "FILE", size: "HxW", names: "A,B,..."}
     return "DIR" if name == "out" else by_type.get(argument.get("type"), name.split("_")[-1].upper())
 
 
@@ -144,7 +182,7 @@ def _by_type(hint: Any, default: Any = None) -> dict[str, Any]:
         return {"nargs": "+", **_by_type(typing.get_args(hint)[0])}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction if default is True else "store_true"}
-    return {"type": {int: int, float: finite, Path: Path}[hint]} if hint in (int, float, Path) else {}
+    return {"type": {int: whole, float: finite, Path: path, str: filled}[hint]}
 
 
 def parse(options: Callable[..., O], description: str | None, argv: Sequence[str], prog: str | None = None) -> O:
@@ -167,10 +205,18 @@ def takes(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R
 
     def decorate(function: Callable[[O], R]) -> Callable[P, R]:
         hints = typing.get_type_hints(options)
+        all_fields = dataclasses.fields(options)  # type: ignore[arg-type]
+        required = {field.name for field in all_fields if field.default is not None}
+        lists = {field.name for field in all_fields if field.metadata.get("type") is names}
 
         @functools.wraps(function)
         def program(*args: P.args, **kwargs: P.kwargs) -> R:
-            fields: Any = {name: _as_typed(name, value, hints.get(name)) for name, value in kwargs.items()}
+            fields: Any = {name: _as_typed(name, v, hints[name]) if name in hints else v for name, v in kwargs.items()}
+            for name in lists & fields.keys():
+                if fields[name] and len({*fields[name]}) < len(fields[name]):
+                    raise ValueError(f"{name} has a name twice: {cut(', '.join(fields[name]))}; give each one once")
+            if empty := sorted(required & {name for name, value in fields.items() if value == ()}):
+                raise ValueError(f"{empty[0]} is empty; name at least one")
             return function(options(*args, **fields))
 
         program.__signature__ = inspect.signature(options).replace(  # type: ignore[attr-defined]
@@ -182,19 +228,47 @@ def takes(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R
 
 
 def _as_typed(name: str, value: Any, hint: Any) -> Any:
-    """The value as the field's type has it; raises ValueError naming the field for a choice that there is not."""
-    for part in _parts(hint):
-        if typing.get_origin(part) is tuple and value is not None:
-            items = [value] if isinstance(value, str | Path) else value
-            return tuple(_as_typed(name, item, typing.get_args(part)[0]) for item in items)
-        if part is Path and isinstance(value, str):
-            return Path(value)
-        chosen = (None, *typing.get_args(part))
-        if typing.get_origin(part) is Literal and value not in chosen and str not in _parts(hint):
-            raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, typing.get_args(part)))}")
-        if part is float and isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{name} is {value}, no finite number")
-    return value
+    """The value as the field's type has it; raises ValueError, naming the field, for one of another type."""
+    parts = _parts(hint)
+    if value is None and type(None) in parts:
+        return None
+    for part in parts:
+        found = _fitting(name, value, part)
+        if found is not None:
+            return found
+    raise ValueError(f"{name} is {cut(repr(value))}; expected {' or '.join(filter(None, map(_kind, parts)))}")
+
+
+def _fitting(name: str, value: Any, part: Any) -> Any:
+    """The value as this one type, or None where it is of another."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if typing.get_origin(part) is tuple:
+        kind, *rest = typing.get_args(part)
+        items = [value] if isinstance(value, str | Path) else value
+        if not isinstance(items, list | tuple) or (rest == [kind] and len(items) != 2):
+            return None
+        found = tuple(_as_typed(name, item, kind) for item in items)
+        return None if rest == [kind] and min(found) < 1 else found
+    if part is Path:
+        return Path(value) if isinstance(value, Path) or (isinstance(value, str) and value.strip()) else None
+    fits = {
+        bool: isinstance(value, bool),
+        int: number and isinstance(value, numbers.Integral) and abs(value) < LARGEST,
+        float: number and math.isfinite(value),
+        str: isinstance(value, str) and bool(value.strip()),
+    }.get(part, isinstance(value, str) and value in typing.get_args(part))
+    return value if fits else None
+
+
+def _kind(part: Any) -> str:
+    """What a value of this type is, in words."""
+    if typing.get_origin(part) is Literal:
+        return f"one of {', '.join(map(repr, typing.get_args(part)))}"
+    if typing.get_origin(part) is tuple:
+        kind, rest = typing.get_args(part)
+        return "(height, width), both above 0" if rest is kind else f"a list of {_kind(kind)}"
+    words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
+    return words.get(part, "")
 
 
 # Options that lower the memory a program needs, where it has them.
@@ -222,17 +296,23 @@ def run(work: Callable[[], object], debug: bool = False, options: object = None)
 
 def explain(error: Exception, options: object = None) -> str:
     """What went wrong, on one line."""
-    message = one_line(str(error)) or type(error).__name__
+    message = readable(str(error), LONGEST - 60) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        missing = isinstance(error, FileNotFoundError)
-        return f"{'file not found' if missing else error.strerror}: {error.filename}"
+        what = "file not found" if isinstance(error, FileNotFoundError) else error.strerror
+        return readable(f"{what}: {error.filename}{_FIXES.get(type(error), '')}")
     if _out_of_memory(error):
         lower = [f"--{name.replace('_', '-')}" for name in _SAVES_MEMORY if hasattr(options, name)]
         advice = f"lower {', '.join(lower)}" if lower else "choose a smaller model"
         return f"probably out of memory ({message}); {advice}, or use a larger device"
     if isinstance(error, OSError | ValueError | ImportError | FloatingPointError):
-        return message
+        return readable(str(error)) or message
     return f"{message} ({type(error).__name__}, not foreseen: {DEBUG} shows where, please report it)"
+
+
+_FIXES = {
+    IsADirectoryError: "; name a file", NotADirectoryError: "; name a folder", FileExistsError: "; choose another name",
+    PermissionError: "; change its permissions or choose another place",
+}  # fmt: skip
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..program import cut
 
 _PACKAGE = Path(__file__).parents[1]
 MARK = ".tqdm-seg"
@@ -90,17 +91,11 @@ def parse_json(
 
 
 def plain_name(name: object, source: str | Path) -> str:
-    """`name`, which `source` gives for a file in a folder of its own; raises ValueError for a path, such as '../x'."""
+    """`name`, which `source` gives for a file in its own folder; raises ValueError for a path, such as '../x'."""
     plain = isinstance(name, str) and name not in ("", ".", "..") and not re.search(r"[/\\:\x00-\x1f]", name)
     if not plain:
         raise ValueError(f"{source} names a file {cut(repr(name), 60)}; expected a plain file name, without a folder")
     return str(name)
-
-
-def cut(text: object, length: int = 60) -> str:
-    """The text on one line, no longer than `length`."""
-    line = " ".join(str(text).split())
-    return line if len(line) <= length else line[: length - 3] + "..."
 
 
 # ---- OUT is ours

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from .files import cut
 from .images import decode_rgb, decode_unchanged, read_rgb
 from .label_maps import IGNORE_INDEX, LabelMap
 from .shards import check_shards_exist, read_frame, read_index
@@ -41,6 +42,8 @@ class FrameDataset(Dataset):
         self.folder, self.split = folder, split
         self.classes: list[str] = self.index.manifest["classes"]
         self.label_map: dict[str, str] = self.index.manifest["label_map"]
+        # What the data is, wherever it lies: the index holds keys, sizes and checksums of all frames.
+        self.identity: str = self.index.manifest["index_sha256"]
         self.keys: list[str] = self.index.table["key"].to_pylist()
         self.scenes: list[str] = self.index.table["scene"].to_pylist()
         sides = (self.index.table[side].to_numpy().astype(np.int64) for side in ("height", "width"))
@@ -108,15 +111,21 @@ class PlainRows:
     def rows(self, process: int = 0, processes: int = 1, shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Undecoded rows of one process: of one epoch, or with a seed endless, in another order every epoch.
 
-        Rows are divided here, once. Raises ValueError for a missing column.
+        Rows are divided here, once. Raises ValueError for a missing column, or one that holds no images.
         """
         import datasets
         from datasets.distributed import split_dataset_by_node
 
         rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+        columns = rows.features or rows._resolve_features().features or {}
         for column in (self.image, self.label):
-            if column not in rows.features:
-                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(rows.features)}")
+            if column not in columns:
+                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(columns)}")
+            if not _holds_files(columns[column]):
+                raise ValueError(
+                    f"column {column!r} of {self.source} holds {cut(columns[column])}, expected images; name "
+                    "the column of the masks by --label-column, that of the images by --image-column"
+                )
             rows = rows.cast_column(column, datasets.Image(decode=False))
         if shuffle_seed is None:
             yield from split_dataset_by_node(rows, process, processes)
@@ -154,6 +163,14 @@ class PlainRows:
                 f"{pixels.shape[1]}x{pixels.shape[0]} (width x height); use the label that was drawn on this image"
             )
         return Frame(key, str(row.get("scene") or ""), pixels, labels)
+
+
+def _holds_files(feature: Any) -> bool:
+    """Whether a column's type is an image, a path, or the bytes of a file."""
+    kind = type(feature).__name__
+    if kind == "Value":
+        return feature.dtype in ("string", "large_string", "binary", "large_binary")
+    return kind == "Image" or (isinstance(feature, dict) and {"bytes", "path"} <= set(feature))
 
 
 def _file_bytes(value: dict[str, Any]) -> bytes:

@@ -109,7 +109,6 @@ class FolderOptions(PrepareOptions):
     pairs: tuple[Path, ...] = option(
         (),
         group="which frames",
-        type=Path,
         metavar="LIST",
         help="text files of pairs instead of all images: image,mask[,split[,scene]] per line, paths under ROOT and "
         "MASKS; without a split it is that in the list's name (val.lst), else train",
@@ -238,7 +237,6 @@ class CheckOptions:
 
     folders: tuple[str, ...] = option(
         nargs="+",
-        type=str,
         metavar="FOLDER",
         help="folders that `prepare` made, or URLs (hf://datasets/..., https://...)",
     )
@@ -281,6 +279,6 @@ class AuditOptions:
 
     def __post_init__(self):
         if self.minutes is not None and self.minutes < 0:
-            raise ValueError(f"--minutes {self.minutes:g} is negative")
+            raise ValueError(f"--minutes {self.minutes:g} must be 0 or more")
         if not 0 <= self.distance < 32:
             raise ValueError(f"--distance {self.distance} is not between 0 and 31")

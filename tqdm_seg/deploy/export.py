@@ -144,8 +144,8 @@ def export(options: ExportOptions) -> dict[str, Any]:
     window, zeros, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
     with replace_folder(out, "export") as temporary:
-        config.to_json_file(temporary / "config.json")
-        processor.to_json_file(temporary / "preprocessor_config.json")
+        config.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
         if "torch" in formats:
             path, facts["size"] = temporary / "window.pt2", list(size)
             export_torch(window, zeros, path)

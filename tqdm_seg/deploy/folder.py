@@ -169,11 +169,6 @@ def save_model_folder(
     texts: further files by name, such as the card, README.md. program: that makes it.
     Raises FileExistsError, and changes nothing, when `folder` is a file or holds what this program did not make.
     """
-    type(model.config).register_for_auto_class()
-    type(model).register_for_auto_class("AutoModelForSemanticSegmentation")
-    type(processor).register_for_auto_class("AutoImageProcessor")
-    # Saving adds the entries of the three registered classes.
-    model.config.auto_map = {"AutoModel": "modeling_tqdm.TqdmModel"}
     with _quiet_transformers(), replace_folder(Path(folder), program) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)

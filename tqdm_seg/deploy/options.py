@@ -100,6 +100,7 @@ class ConvertOptions:
     seed: int = option(0, group="with --init", help="decides the weights that are not pre-trained")
 
     def __post_init__(self):
+        check_at_least(seed=(self.seed, 0))
         if self.init is not None and self.preset != "auto":
             raise ValueError("--preset is for published checkpoints and --init for pre-trained towers; use one of them")
         if self.init is None and (self.from_ != "file" or self.activation):

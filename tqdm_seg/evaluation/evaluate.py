@@ -55,7 +55,7 @@ def predict_frame(
     """Class ids (h, w) int64 at the size of the labels, and height and width of the model's input."""
     protocol = Protocol.of(processor)
     views = protocol.views(frame.image, processor)
-    ids = predict(model, processor, views, frame.labels.shape, protocol)
+    ids = predict(model, processor, views, frame.labels.shape, protocol, frame.key)
     return ids.long(), tuple(views[0].shape[-2:])
 
 
@@ -198,7 +198,8 @@ def score_set(
 def frame_counts(evaluation: Evaluation, chosen: EvaluationSet, sample: Sample) -> Tensor:
     """Counts (K, K + 1) of one frame on the model's device, without waiting for it."""
     model = evaluation.model
-    ids = predict(model, evaluation.processor, sample.views, sample.ground_truth.shape, chosen.protocol)
+    key, size = chosen.frames.keys[sample.row], sample.ground_truth.shape
+    ids = predict(model, evaluation.processor, sample.views, size, chosen.protocol, key)
     labels = sample.ground_truth.to(model.device, non_blocking=True)
     return confusion_matrix(ids, labels, model.config.num_labels, IGNORE_INDEX, check=False)
 

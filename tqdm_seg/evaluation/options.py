@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from ..deploy.options import MODEL, Device, Precision
+from ..deploy.options import MODEL, Device, Precision, check_at_least
 from ..program import names, option, size
 
 _SET = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+?)(?:@([1-9]\d*)x([1-9]\d*))?")
@@ -122,6 +122,7 @@ class EvaluateOptions:
 
     def __post_init__(self):
         parse_sets(self.data)
+        check_at_least(window=(self.window, 0), stride=(self.stride, 1), window_batch=(self.window_batch, 1))
         if self.by and not self.attributes:
             raise ValueError("--by names columns of --attributes; give that file as well")
         if self.workers < 0 or self.save_every_frames < 1:

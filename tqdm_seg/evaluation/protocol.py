@@ -132,8 +132,12 @@ def predict(
     views: list[Tensor],
     size: tuple[int, int],
     protocol: Protocol,
+    key: str,
 ) -> Tensor:
-    """Class ids (h, w) = size uint8, on the model's device, from the views (3, H, W) uint8 of one frame."""
+    """Class ids (h, w) = size uint8, on the model's device, from the views (3, H, W) uint8 of one frame.
+
+    Raises ValueError naming the frame by its key when it is too small.
+    """
     pixel_values = [
         processor(
             images=view.to(model.device, non_blocking=True), do_resize=False, input_data_format="channels_first",
@@ -141,7 +145,10 @@ def predict(
         )["pixel_values"]
         for view in views
     ]  # fmt: skip
-    return model.segment_labels(pixel_values, size, protocol.flip, protocol.softmax_views)[0].to(torch.uint8)
+    try:
+        return model.segment_labels(pixel_values, size, protocol.flip, protocol.softmax_views)[0].to(torch.uint8)
+    except ValueError as error:
+        raise ValueError(f"frame {key}: {error}") from error
 
 
 def check_view_sizes(model: TqdmForSemanticSegmentation, frames: FrameDataset, protocol: Protocol) -> None:

@@ -61,7 +61,7 @@ def draw_frame(
 ) -> FrameImages:
     """Image, ground truth, prediction and where they differ, `WIDTH` wide."""
     labels = protocol.ground_truth(frame.labels)
-    ids = predict(model, processor, protocol.views(frame.image, processor), labels.shape, protocol)
+    ids = predict(model, processor, protocol.views(frame.image, processor), labels.shape, protocol, frame.key)
     labels, ids = labels.numpy(), ids.cpu().numpy()
     height, width = labels.shape
     size = (WIDTH, max(round(height * WIDTH / width), 1))

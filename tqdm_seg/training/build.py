@@ -66,8 +66,9 @@ def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDat
     if options.class_names is not None:
         columns = (options.class_names, options.image_column, options.label_column)
         training, validation = (PlainRows(*source, *columns) for source in sources)
-        if next(validation.frames(), None) is None:  # read now, so that errors show before the training
-            raise ValueError(f"{options.eval_source} has no row in split {options.eval_split!r}; see --eval-split")
+        for frames, split in ((training, "--train-split"), (validation, "--eval-split")):
+            if next(frames.frames(), None) is None:  # read now, so that errors show before the training
+                raise ValueError(f"{frames.source} has no row in split {frames.split!r}; see {split}")
         return training, validation
     training, validation = (FrameDataset(*source) for source in sources)
     check_same_labels([training.index.manifest, validation.index.manifest])

@@ -25,7 +25,10 @@ FREE_OPTIONS = (
 )  # fmt: skip
 
 # Numbers that must be above 0; all others may be 0.
-_POSITIVE = ("steps", "batch_size", "accumulation", "log_every", "keep", "crop", "lr", "vision_lr_mult", "temperature")
+_POSITIVE = (
+    "steps", "batch_size", "accumulation", "log_every", "keep", "crop", "lr", "vision_lr_mult", "temperature",
+    "lora_rank",
+)  # fmt: skip
 
 _run = partial(option, group="run")
 _model = partial(option, group="model")
@@ -215,7 +218,7 @@ class AblateOptions(TrainOptions):
     """
 
     out: Path = _run(Path("runs/ablation"), help="folder of the runs")
-    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", type=int, help="one run each")
+    seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", help="one run each")
 
     def __post_init__(self) -> None:
         """Raises ValueError for what `train` refuses, and for options that the ablation sets itself."""
