@@ -333,6 +333,22 @@ def test_a_kill_while_the_old_set_is_deleted_leaves_nothing_for_good(tmp_path):
     assert not (tmp_path / ".tqdm-seg.old.out").exists()
 
 
+def test_what_a_killed_overwrite_left_is_removed_unless_it_is_somebodys(tmp_path):
+    argv, partial = own(tmp_path, "a"), tmp_path / "out.partial"
+    prepare("folder", *argv)
+    prepare("folder", tmp_path / "images", tmp_path / "again", *argv[2:])
+    (tmp_path / "again").rename(partial)
+    (partial / "thesis.txt").write_text("mine")
+    prepare("folder", *argv)
+    assert (partial / "thesis.txt").read_text() == "mine"
+    (partial / "thesis.txt").unlink()
+    prepare("folder", *argv)
+    assert not partial.exists()
+    partial.mkdir()
+    prepare("folder", *argv)
+    assert not partial.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
 def test_workers_end_with_their_parent(tmp_path, kill):

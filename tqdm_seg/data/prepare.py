@@ -30,8 +30,10 @@ from .files import (
     check_not_input,
     check_out_folder,
     claim_folder,
+    files_below,
     move_folder,
     read_mark,
+    remove_folder,
     restore_folder,
     write_file,
     write_mark,
@@ -156,7 +158,7 @@ def read_pair(key: str, pair: Pair, label_map: LabelMap, options: PrepareOptions
         labels = apply_orientation(labels, orientation(image))
     if labels.shape != (height, width):
         raise ValueError(
-            f"label {pair.label} is {labels.shape[1]}x{labels.shape[0]}, its image {pair.image} {width}x{height} "
+            f"label {pair.label} is {labels.shape[1]}x{labels.shape[0]}, its image {pair.image.name} {width}x{height} "
             "(width x height); use the label that was drawn on this image"
         )
     path = pair.image.name
@@ -292,6 +294,7 @@ def make_dataset(
     plan = {"format": FORMAT_VERSION, "options": made_with, "source": listing}
     finished = _finished(options, plan, parts, times)
     if finished is not None:
+        _remove_partial(options.out)
         print(f"{options.out} is complete and made from the same files; nothing to do", file=sys.stderr)
         return finished
     _check_first(usable, label_map, options)
@@ -322,14 +325,16 @@ def _usable(
             missing.append(pair)
             skipped[_NO_LABEL].append(key)
         elif pair.label in labels:
-            raise ValueError(f"{labels[pair.label]} and {pair.image} share the label {pair.label}; remove one image")
+            raise ValueError(
+                f"{labels[pair.label].name} and {pair.image.name} share the label {pair.label}; remove one image"
+            )
         else:
             labels[pair.label] = pair.image
             frames[pair.split].append((key, pair))
     if missing and not options.skip_bad:
         raise FileNotFoundError(
-            f"{len(missing)} images have no label, the first: {missing[0].image} needs {missing[0].label}; add the "
-            "labels, or leave such frames out with --skip-bad"
+            f"{len(missing)} images have no label, the first: {missing[0].image.name} needs {missing[0].label}; add "
+            "the labels, or leave such frames out with --skip-bad"
         )
     if not labels:
         left_out = "; ".join(f"{len(keys)} left out: {reason}" for reason, keys in skipped.items())
@@ -453,14 +458,30 @@ def _changed_content(out: Path, parts: list[Slice], times: str) -> str:
     return ""
 
 
+_AROUND_SHARDS = ("manifest.json", "index.parquet", "README.md")
+
+
+def _partial(out: Path) -> Path:
+    out = out.resolve()
+    return out.with_name(f"{out.name}.partial")
+
+
+def _remove_partial(out: Path) -> None:
+    """Removes what a killed --overwrite left next to a finished folder, unless it holds anything of somebody else's."""
+    folder = _partial(out)
+    if folder.is_dir() and (read_mark(folder) is not None or not files_below(folder)):
+        claim_folder(folder, _PROGRAM)  # removes temporary files
+        if all(name in _AROUND_SHARDS or SHARD_NAME.fullmatch(name) for name in files_below(folder)):
+            remove_folder(folder)
+
+
 def _open_partial(out: Path, files: set[str]) -> Path:
     """The folder to work in, without what does not belong to the plan. Shards made from something else get replaced."""
-    out = out.resolve()
-    folder = out.with_name(f"{out.name}.partial")
+    folder = _partial(out)
     try:
         claim_folder(folder, _PROGRAM)
         (folder / "data").mkdir(exist_ok=True)
-        for name in ("manifest.json", "index.parquet", "README.md"):
+        for name in _AROUND_SHARDS:
             (folder / name).unlink(missing_ok=True)
         for path in (folder / "data").iterdir():
             if SHARD_NAME.fullmatch(f"data/{path.name}") and f"data/{path.name}" not in files:
@@ -529,7 +550,7 @@ def _finish(out: Path, folder: Path, manifest: dict[str, Any], shards: list[Shar
         write_file(folder / "index.parquet", content.getvalue())
         write_file(folder / "README.md", card(manifest).encode())
         write_file(folder / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-        files = ["README.md", "index.parquet", "manifest.json", *(shard.record["file"] for shard in shards)]
+        files = [*_AROUND_SHARDS, *(shard.record["file"] for shard in shards)]
         write_mark(folder, _PROGRAM, files, source_times=times)
         move_folder(folder, out)
     except OSError as error:

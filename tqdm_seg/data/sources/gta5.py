@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..files import cut
 from ..folders import find
 from ..label_maps import GTA5
 from ..options import Gta5Options
@@ -38,9 +39,14 @@ def read_splits(choice: str, root: Path) -> dict[str, str]:
         from scipy.io import loadmat
     except ImportError as error:
         raise ImportError("split.mat is read by scipy: pip install scipy, or use --splits robustnet") from error
-    lists = loadmat(root / "split.mat")
     keys = {"train": "trainIds", "validation": "valIds", "test": "testIds"}
-    return {f"{int(number):05d}.png": split for split, key in keys.items() for number in lists[key].ravel()}
+    try:
+        lists = loadmat(root / "split.mat")
+        return {f"{int(number):05d}.png": split for split, key in keys.items() for number in lists[key].ravel()}
+    except OSError:
+        raise
+    except Exception as error:  # scipy raises almost anything for a broken file
+        raise ValueError(f"{root / 'split.mat'} cannot be read ({cut(error, 80)}); download it again") from error
 
 
 def scan(root: Path, choice: str) -> Iterator[Pair]:

@@ -8,12 +8,12 @@ if __name__ == "__main__":
     sys.exit(start("prepare mapillary"))
 
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ...program import takes
+from ..files import read_json
 from ..folders import find
 from ..label_maps import MAPILLARY
 from ..options import MapillaryOptions
@@ -36,7 +36,7 @@ def labels_folder(part: Path) -> Path:
         )
     config = part.parent / "config.json"
     if not (part / "v1.2").is_dir() and config.is_file():
-        ids = len(json.loads(config.read_text(encoding="utf-8"))["labels"])
+        ids = len(read_json(config, ("labels",))["labels"])
         if ids != V1_2_IDS:
             raise ValueError(f"{config} names {ids} classes, v1.2 has {V1_2_IDS}; take the v1.2 labels")
     return first_folder(part, "v1.2/labels", "labels")
