@@ -153,7 +153,7 @@ def test_a_permutation_shows_every_frame_once_an_epoch_in_ever_other_order():
 
 
 def test_a_class_without_a_frame_to_draw_is_named_with_the_way_out():
-    with pytest.raises(ValueError, match=r"mud \(at most 40\).*--min-pixels 39"):
+    with pytest.raises(ValueError, match=r"more than 3000 pixels of mud.*--min-pixels 39"):
         TrainPlan(np.array([[9000, 40]]), 0, RareClassSampling(), ["road", "mud"])
     with pytest.raises(ValueError, match="no pixel of the training frames is labelled"):
         TrainPlan(np.zeros((3, 2)), 0, RareClassSampling())
