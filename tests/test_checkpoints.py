@@ -161,7 +161,7 @@ def test_planted_code_does_not_run(tmp_path, kind, suffix, capsys, monkeypatch):
     PLANTS[kind](path)
     if kind == "torchscript":
         victim.write_bytes(b"whole!!!")
-    assert start("convert", [str(path), str(tmp_path / "out")]) == 1
+    assert start("convert", [str(path), "--out", str(tmp_path / "out")]) == 1
     assert victim.read_bytes() == b"whole!!!" if kind == "torchscript" else not victim.exists()
     error = capsys.readouterr().err
     assert str(path) in error
@@ -210,7 +210,7 @@ WHOLE = save({"a": torch.ones(100)})
 def test_what_is_no_checkpoint_is_said_in_one_line(tmp_path, content, words, suffix, capsys):
     path = tmp_path / f"model{suffix}"
     path.write_bytes(content)
-    assert start("convert", [str(path), str(tmp_path / "out")]) == 1
+    assert start("convert", [str(path), "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert words in error and str(path) in error and len(error.splitlines()) == 1 and len(error) <= 300
 

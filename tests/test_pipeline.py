@@ -27,7 +27,7 @@ MODEL_CODE = {
     "modeling_tqdm.py", "text_tqdm.py", "windows_tqdm.py",
 }  # fmt: skip
 SHIPPED = MODEL_CODE | {"image_processing_tqdm.py", "images_tqdm.py"}
-WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors", MARK}
+WRITTEN = SHIPPED | {"config.json", "preprocessor_config.json", "model.safetensors", "self_check.json", MARK}
 # This project's other requirements, and itself.
 HIDDEN = [
     "tqdm_seg", "open_clip", "timm", "datasets", "evaluate", "accelerate", "av", "torchao", "onnx", "onnxruntime",

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tqdm_seg
 from tqdm_seg.commands import start
+from tqdm_seg.data.files import MARK
 from tqdm_seg.data.palette import class_colours, legend, tint
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -165,7 +166,11 @@ def test_folders_are_searched_with_their_subfolders_but_not_the_results(folder, 
         assert start("predict", [folder, str(photo.parent), "--out", str(out)]) == 0
     written_files = {file.relative_to(out).as_posix() for file in out.rglob("*") if file.is_file()}
     names = ("photo", "a/b/photo")
-    assert written_files == {"areas.json", *(f"{kind}/{name}.png" for kind in ("ids", "overlays") for name in names)}
+    assert written_files == {
+        "areas.json",
+        MARK,
+        *(f"{kind}/{name}.png" for kind in ("ids", "overlays") for name in names),
+    }
 
 
 def test_half_precision_runs(folder, photo):
@@ -190,7 +195,7 @@ def test_unreadable_images_are_named_and_the_others_done(folder, photo, capsys):
         assert str(inside / name) in printed
     report = json.loads((out / "areas.json").read_text())
     assert list(report["results"]) == ["photo"] and len(report["failed"]) == 4
-    assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json"}
+    assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json", MARK}
 
 
 @pytest.mark.parametrize(
@@ -377,7 +382,7 @@ def test_unreadable_videos_are_named_and_leave_nothing(folder, photo, capsys):
     printed = capsys.readouterr().err
     assert status == 1 and "2 of 3 inputs failed" in printed
     assert "cut.mp4" in printed and f"cannot read {photo.with_name('text.avi')}" in printed
-    assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json"}
+    assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json", MARK}
 
 
 def test_without_pyav_a_video_is_refused_with_the_fix(monkeypatch, tmp_path, capsys):

@@ -11,7 +11,6 @@ if __name__ == "__main__":
 import csv
 import io
 import json
-import os
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..program import takes
-from .files import check_not_input, write_file
+from .files import check_out_file, write_file
 from .folders import IMAGE_SUFFIXES, split_of, walk
 from .images import apply_orientation, orientation
 from .options import CPUS, AuditOptions
@@ -543,12 +542,11 @@ def write_report(out: Path, text: str) -> None:
 @takes(AuditOptions)
 def audit(options: AuditOptions) -> int:
     """Makes all checks that the two sets allow, prints the report; returns the exit status (see AuditOptions)."""
-    for out in filter(None, (options.json, options.csv)):
-        if out.is_dir() or not out.resolve().parent.is_dir():
-            raise FileNotFoundError(f"{out} must be a file in a folder that exists")
-        check_not_input(out, [options.first, options.second])
-        if not os.access(out if out.exists() else out.resolve().parent, os.W_OK):
-            raise PermissionError(f"no permission to write {out}; choose another place")
+    for out, begins in ((options.json, '{\n  "sets": ['), (options.csv, "check,first,second,")):
+        if out is not None:
+            if out.is_dir() or not out.resolve().parent.is_dir():
+                raise FileNotFoundError(f"{out} must be a file in a folder that exists")
+            check_out_file(out, begins, [options.first, options.second])
     if options.json and options.csv and options.json.resolve() == options.csv.resolve():
         raise ValueError(f"--json and --csv name the same file {options.json}; name two")
     first, second = read_set(options.first), read_set(options.second)

@@ -148,10 +148,12 @@ def check_out_file(path: Path, begins: str | bytes, inputs: Iterable[str | Path]
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; name a file to write")
     if path.exists():
+        if not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(f"no permission to write {path}; choose another place")
         start = begins.encode() if isinstance(begins, str) else begins
         with path.open("rb") as file:
-            before = file.read(len(start))
-        if before and before != start:
+            before = file.read(len(start) + 80).lstrip()
+        if before and not before.startswith(start):
             raise FileExistsError(f"{path} exists and is none of this program's files; choose a new name")
 
 

@@ -27,6 +27,7 @@ from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, PRESETS, TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
+from ..data.files import check_out_folder, cut
 from ..program import takes
 from .checkpoints import read_checkpoint
 from .folder import check_loading, from_pretrained, save_model_folder
@@ -303,7 +304,10 @@ def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
             raise ValueError(f"{name} names no weights; add a tag, {name}:TAG, of {', '.join(tags) or 'that model'}")
     # Some tags, openai among them, are also listed under the model name of the other activation.
     quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) if tag else False
-    model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, require_pretrained=True)
+    try:
+        model = open_clip.create_model(name, pretrained=tag, force_quick_gelu=quick, require_pretrained=True)
+    except Exception as error:  # whatever the name or the files cause in the library
+        raise ValueError(f"open_clip cannot load {cut(name, 80)}: {cut(error, 120)}; compare the name") from error
     quick = any(isinstance(module, QuickGELU) for module in model.modules())
     return model.state_dict(), "quick_gelu" if quick else "gelu"
 
@@ -334,6 +338,7 @@ def read_source(options: ConvertOptions) -> tuple[dict[str, Tensor], str | None]
 @takes(ConvertOptions)
 def convert(options: ConvertOptions) -> Path:
     """Converts, writes the folder, and prints what became of every tensor; returns the folder."""
+    check_out_folder(options.out, "convert", [options.source], whole=True)
     state, activation = read_source(options)
     if options.init is None:
         model, conversion = load_published(state, options.preset, options.class_names)

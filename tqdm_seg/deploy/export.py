@@ -28,8 +28,9 @@ from tqdm_seg.windows_tqdm import Segmenter
 from ..data.files import check_out_folder, example, replace_folder, write_json
 from ..data.images import read_rgb
 from ..program import takes
-from .folder import load_model, model_folder
+from .folder import load_model, model_folder, warn_untrained
 from .options import ExportOptions
+from .self_check import verify
 from .speed import ready_to_predict
 
 INPUT, OUTPUT = "pixel_values", "scores"
@@ -131,10 +132,11 @@ def compare_scores(
 def export(options: ExportOptions) -> dict[str, Any]:
     """Writes --out, whole or not at all; returns what export.json holds."""
     folder, out, formats = model_folder(options.model), options.out, options.format
-    check_out_folder(out, "export", [folder], whole=True)
+    check_out_folder(out, "export", [folder, *filter(None, [options.image])], whole=True)
     packages = [] if "onnx" not in formats else ["onnx", "onnxscript", *(["onnxruntime"] if options.check else [])]
     versions = {"torch": torch.__version__} | {name: require(name).__version__ for name in packages}
     model, processor = load_model(folder)
+    verify(model, folder)
     config, size, inputs = model.config, window_size(model.config, options.size), {}
     if options.check:
         image = options.image or sorted(example("frames").rglob("image_data/*.png"))[0]
@@ -143,6 +145,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
         expected = {name: model.score(x) for name, x in inputs.items()}
     window, zeros, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
+    warn_untrained(model.config, options.model)
     with replace_folder(out, "export") as temporary:
         config.save_pretrained(temporary)
         processor.save_pretrained(temporary)

@@ -5,6 +5,7 @@ A model loads with the classes of this package, so no code from its folder runs.
 
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
@@ -23,6 +24,7 @@ from .. import __version__
 from ..data.files import MARK, SYSTEM_FILES, cut, plain_name, read_json, replace_folder
 from ..env import code_commit
 from .checkpoints import check_finite, check_safetensors
+from .self_check import write_self_check
 
 _CONFIGURATIONS = ("config.json", "preprocessor_config.json")
 _AGAIN = "save, convert or download the model again"
@@ -43,7 +45,7 @@ def model_folder(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:  # of httpx, of huggingface_hub, of the file system
-        reason = str(error).strip().partition("\n")[0]
+        reason = cut(error, 120)
         raise FileNotFoundError(f"file not found: {name}, nor is it on the Hub ({reason})") from error
 
 
@@ -68,6 +70,12 @@ def load_model(folder: Path) -> tuple[TqdmForSemanticSegmentation, TqdmImageProc
         raise ValueError(f"{folder}: the weights {integers[0]} are of type {types[integers[0]]}, not floats; {_AGAIN}")
     check_finite(weights, folder)
     return model.eval(), processor
+
+
+def warn_untrained(config: TqdmConfig, name: str | Path) -> None:
+    """Prints one line if the model is the start of a training."""
+    if not config.trained:
+        print(f"warning: {name} is not trained, its predictions mean nothing; train it first", file=sys.stderr)
 
 
 def from_pretrained(kind: type, name: str | Path, **settings: Any) -> tuple[Any, dict[str, Any]]:
@@ -172,6 +180,7 @@ def save_model_folder(
     with _quiet_transformers(), replace_folder(Path(folder), program) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
+        write_self_check(model, temporary)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text, encoding="utf-8")
 

@@ -55,6 +55,7 @@ class PredictOptions:
     precision: Precision = option("fp32", help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao")
     compile: bool = option(False, help="torch.compile: minutes for the first image, then faster")
     backend: Literal["torch", "onnxruntime"] = option("torch", help="onnxruntime is for exports")
+    check: bool = option(False, help="first compare the model's scores with those stored when it was saved")
 
     def __post_init__(self):
         check_at_least(window=(self.window, 0), stride=(self.stride, 1), window_batch=(self.window_batch, 1))
@@ -62,6 +63,8 @@ class PredictOptions:
             raise ValueError(f"--only {','.join(self.only)}: every pixel gets one of these classes, name at least two")
         if self.backend == "onnxruntime" and (self.precision != "fp32" or self.compile):
             raise ValueError("an export computes in fp32: leave out --precision and --compile, or use --backend torch")
+        if self.backend == "onnxruntime" and self.check:
+            raise ValueError("--check compares a model folder; an export is compared when it is made")
         if self.backend == "onnxruntime" and self.device == "mps":
             raise ValueError("--backend onnxruntime runs on cpu or cuda, not on mps")
 

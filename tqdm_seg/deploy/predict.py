@@ -25,13 +25,14 @@ from tqdm import tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import replace_file, write_file
+from ..data.files import check_out_folder, claim_folder, replace_file, write_file
 from ..data.images import read_rgb
 from ..data.palette import legend, tint
 from ..program import takes
 from .export import OnnxSegmenter
-from .folder import load_model, model_folder
+from .folder import load_model, model_folder, warn_untrained
 from .options import PredictOptions
+from .self_check import check_model
 from .speed import ready_to_predict, use_huge_pages
 
 if TYPE_CHECKING:
@@ -233,10 +234,14 @@ def open_predictor(options: PredictOptions) -> Predictor:
         model.to(device)
         model.config.name_or_path = options.model
         revision = folder.name if folder.parent.name == "snapshots" else None  # of a Hub repository
+    if model.config.num_labels > 256:
+        raise ValueError(f"{options.model} has {model.config.num_labels} classes; ids/*.png hold 256 at most")
     set_windows(model, options.window, options.stride, options.window_batch)
     classes = choose_classes(model.config.id2label, options.only)
     if options.backend == "torch":
         ready_to_predict(model, options.precision, options.compile)
+        if options.check:
+            check_model(model, folder, options.precision)
     box = options.size and {"shortest_edge": min(options.size), "longest_edge": max(options.size)}
     return Predictor(model, processor, classes, box, options.flip, options.precision, revision)
 
@@ -248,10 +253,13 @@ def predict(options: PredictOptions) -> dict[str, dict[str, Any]]:
     Raises ValueError, after all others are done, naming the files that could not be read.
     """
     use_huge_pages()
+    check_out_folder(options.out, "predict", [*options.inputs, options.model])
     found = find_inputs(options.inputs, options.out)
     if importlib.util.find_spec("av") is None and any(map(is_video, found.values())):
         raise ImportError('reading videos needs PyAV: pip install "av>=15"')
     predictor = open_predictor(options)
+    warn_untrained(predictor.model.config, options.model)
+    claim_folder(options.out, "predict")
     results: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     for name, path in tqdm(found.items(), unit="file"):

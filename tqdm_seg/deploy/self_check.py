@@ -55,6 +55,14 @@ def query_texts(config: TqdmConfig) -> list[str]:
     return list(getattr(config, "query_texts", None) or config.class_names)
 
 
+def check_model(model: TqdmForSemanticSegmentation, folder: Path, precision: str = "fp32") -> None:
+    """Prints how near the scores are to the stored ones; raises FileNotFoundError if none are stored, as `verify`."""
+    share = verify(model, folder, precision)
+    if share is None:
+        raise FileNotFoundError(f"file not found: {folder / FILE}; leave --check out, or save the model again")
+    print(f"self-check: scores differ by {share:.2%} from those the model was saved with")
+
+
 def write_self_check(model: TqdmForSemanticSegmentation, folder: str | Path) -> None:
     """Writes the scores of the model, which the folder holds, into it. Raises ValueError for scores with NaN."""
     scores = {text: [round(value, 6) for value in values] for text, values in check_scores(model).items()}

@@ -33,7 +33,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from ..data.files import check_out_folder, claim_folder, read_json, write_file
 from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
-from ..deploy.folder import identity, load_model, model_folder
+from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict, use_huge_pages
 from ..program import takes
@@ -286,6 +286,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     if not finished:
         ready_to_predict(evaluation.model.to(accelerator.device), options.precision)
     if main_process:
+        warn_untrained(evaluation.model.config, options.model)
         claim_folder(out, "evaluate")
         write_file(out / "plan.json", (json.dumps(evaluation.plan, indent=2) + "\n").encode())
 

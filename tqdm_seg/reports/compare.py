@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ..data.files import write_file
+from ..data.files import check_out_file, write_file
 from ..data.scenes import scene_identity
 from ..evaluation.counts import FrameTable, read_table
 from ..evaluation.groups import read_attributes, read_text
@@ -108,9 +108,16 @@ def all_scenes(tables: Sequence[FrameTable]) -> set[str]:
 @takes(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
     """Prints and writes the comparison; returns it. Raises ValueError for runs that may not be compared."""
-    for path in (options.markdown, options.csv, options.json):
+    inputs = [options.first, options.second, options.scenes, options.known, options.leaked, options.attributes]
+    beginnings = {"en": "# Comparison of ", "zh": "# "}
+    for path, begins in (
+        (options.markdown, beginnings[options.language]), (options.csv, "part,name,frames_a"),
+        (options.json, '{\n  "runs": ['),
+    ):  # fmt: skip
         if path is not None and not path.resolve().parent.is_dir():
             raise FileNotFoundError(f"folder not found: {path.parent}; make it, or write {path.name} elsewhere")
+        if path is not None:
+            check_out_file(path, begins, filter(None, inputs))
     found = read_and_compare(options)
     if found.warnings and not options.anyway:
         reasons = " ".join(map(say, found.warnings))

@@ -17,6 +17,12 @@ from .comparison import Comparison
 from .comparison_text import ARROWS, classes_text, explanations, key_findings, points, say
 from .images import FrameImages, ScoreMaps
 
+# The first lines of a page.
+BEGINS = (
+    '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+    '<meta name="generator" content="tqdm-seg report">'
+)
+
 
 class FrameScore(NamedTuple):
     """A frame: number in the table, name, scene, mIoU, of how many classes, and every IoU; NaN where undefined."""

@@ -11,7 +11,6 @@ if __name__ == "__main__":
     sys.exit(start("report"))
 
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from tqdm import tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import write_file
+from ..data.files import check_out_file, read_json, write_file
 from ..data.frames import FrameDataset
-from ..deploy.folder import identity, load_model, model_folder
+from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict
 from ..evaluation.class_sets import members
@@ -36,7 +35,7 @@ from ..program import takes
 from .comparison import Comparison, attribute_groups, compare_tables, with_class_set
 from .images import draw_frame, draw_score_maps
 from .options import ReportOptions
-from .page import FrameScore, SetReport, render_page
+from .page import BEGINS, FrameScore, SetReport, render_page
 
 # Resamples of the scenes for the interval of a difference, as many as `tqdm-seg compare` takes.
 _RESAMPLES = 10000
@@ -51,7 +50,7 @@ def read_results(folder: Path) -> dict[str, Any]:
         begun = (folder / "plan.json").is_file()
         advice = "let tqdm-seg evaluate finish there" if begun else "give the --out of a finished tqdm-seg evaluate"
         raise FileNotFoundError(f"{folder} holds no results.json; {advice}")
-    results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_json(path, fix="evaluate again into a new folder")
     if "sets" not in results:
         model = folder / "model" if (folder / "model").is_dir() else "MODEL"
         raise ValueError(
@@ -99,6 +98,7 @@ def open_model(
             f"--model {name} has other files than the evaluated model, {results['model']['path']}; give that"
         )
     model, processor = load_model(folder)
+    warn_untrained(model.config, name)
     precision = next(iter(results["sets"].values()))["protocol"]["precision"]  # all sets of an evaluation have one
     return ready_to_predict(model.to(device), precision), processor
 
@@ -149,7 +149,8 @@ def compare_sets(folders: tuple[Path, Path], tables: dict[str, FrameTable]) -> d
 @takes(ReportOptions)
 def report(options: ReportOptions) -> Path:
     """Writes the page; returns where."""
-    results = read_results(options.results)
+    results, out = read_results(options.results), options.out or options.results / "report.html"
+    check_out_file(out, BEGINS, [path for path in options.results.iterdir() if path.name != "report.html"])
     datasets = {source.name: open_frames(source, results) for source in parse_sets(options.data or ())}
     tables = {name: read_table(options.results / f"{name}.parquet") for name in results["sets"]}
     compared = compare_sets((options.results, options.compare), tables) if options.compare else {}
@@ -163,7 +164,6 @@ def report(options: ReportOptions) -> Path:
         for part in parts:
             if part.name in datasets:
                 draw(part, datasets[part.name], model, processor, options)
-    out = options.out or options.results / "report.html"
     write_file(out, render_page(results, parts).encode())
     print(f"report: {out}")
     return out
