@@ -48,6 +48,7 @@ from tqdm_seg.training.optimisation import (
 )
 from tqdm_seg.training.options import TrainOptions
 from tqdm_seg.training.plan import (
+    absent_text,
     check_folder,
     check_resumable,
     images_per_step,
@@ -80,6 +81,8 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     training, validation = open_data(options)
+    if absent := absent_text(training, validation):
+        accelerator.print(absent)
     net, processor = build_model(options, training.classes)
     check_sizes(options, net, processor, validation)
     # The teacher has the weights that the run starts from, not those of a checkpoint.

@@ -42,6 +42,7 @@ unless "$START" tqdm-seg convert EVA02-L-14-336:merged2b_s6b_b61k --out "$START"
 # divides its losses by its own counts. (The published teacher drops paths, too, but this tower has a rate of 0.)
 accelerate launch ${LAUNCH:-} -m tqdm_seg.train \
     --model "$START" --data "$DATA/synthia" --eval-data "$DATA/cityscapes" --eval-size 1024x2048 \
+    --class-set synthia-16 \
     --out "$RUN" --seed 2023 --save-every-steps 2000 --eval-every-steps 2000 --workers 4 \
     --steps 20000 --batch-size 8 --crop 512 --warmup-steps 1500 \
     --lr 1e-5 --vision-lr-mult 0.1 \
@@ -50,5 +51,5 @@ accelerate launch ${LAUNCH:-} -m tqdm_seg.train \
 
 # Test, of the last model; best/ was chosen by Cityscapes, which is a test set here.
 trained || exit 0
-tqdm-seg evaluate "$RUN/model" --protocol published --out "$RUN/test" \
+tqdm-seg evaluate "$RUN/model" --protocol published --out "$RUN/test" --class-set synthia-16 \
     --data cityscapes="$DATA/cityscapes" bdd100k="$DATA/bdd100k" mapillary="$DATA/mapillary"

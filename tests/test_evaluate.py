@@ -31,6 +31,7 @@ from tqdm_seg.evaluation import evaluate as evaluate_module
 from tqdm_seg.evaluation import metrics as metrics_module
 from tqdm_seg.evaluation.counts import Scored, read_scored, read_table, save_batch, write_table
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
+from tqdm_seg.evaluation.groups import read_attributes
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
 from tqdm_seg.evaluation.options import parse_set
 from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Protocol, predict
@@ -414,6 +415,17 @@ def test_a_refused_or_killed_start_does_not_bar_the_right_command(model, data, t
     (out / ".tqdm-seg.tmp.plan.json").write_text("{")
     assert run(model, f"roads={data}", out)["sets"]["roads"]["miou"] is not None
     assert not [path for path in out.iterdir() if "tmp" in path.name]
+
+
+def test_a_port_is_no_split():
+    assert parse_set("x=http://host:8810")[1:3] == ("http://host:8810", None)
+    assert parse_set("x=http://host:8810/set:test")[1:3] == ("http://host:8810/set", "test")
+
+
+def test_a_row_with_too_many_fields_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("scene,light\nx,day,night\n")
+    with pytest.raises(ValueError, match="a.csv, row 1: more fields"):
+        read_attributes(tmp_path / "a.csv")
 
 
 def test_another_evaluation_in_the_folder_is_not_mixed_with(model, data, finished, tmp_path):

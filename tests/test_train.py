@@ -7,8 +7,10 @@ import io
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -28,10 +30,12 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.program import parse
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
 from tqdm_seg.training import options as options_of_training
-from tqdm_seg.training.batches import TrainSamples
+from tqdm_seg.training.batches import RareClassSampling, TrainPlan, TrainSamples
+from tqdm_seg.training.build import build_model
 from tqdm_seg.training.log import RecentLosses, append_line
 from tqdm_seg.training.optimisation import learning_rate
 from tqdm_seg.training.options import AblateOptions, TrainOptions
+from tqdm_seg.training.plan import absent_text
 
 program = importlib.import_module("tqdm_seg.train")  # `tqdm_seg.train` is the function
 CLASSES = ["non-traversable", "traversable"]
@@ -202,7 +206,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(arguments, tmp_path, monkeypatch
         original(tensors, path)
 
     monkeypatch.setattr(checkpoint_tqdm, "save_file", fail_at_second)
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(OSError, match="No space left"):
         call("train", *arguments(tmp_path / "run"))
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_0000002"]
     monkeypatch.undo()
@@ -229,7 +233,7 @@ def test_a_line_that_does_not_fit_leaves_the_log_as_before(tmp_path, monkeypatch
                 raise OSError(errno.ENOSPC, "No space left on device")
             return super().write(data[:2])
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="disk is full"):
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
         patched.setattr(Path, "open", lambda self, *_, **__: Full(self, "ab"))
         append_line(tmp_path / "log", "three")
     assert (tmp_path / "log").read_bytes() == b"one\n"
@@ -597,6 +601,13 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(arguments, tmp_path, capsy
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
+def test_the_largest_workable_minimum_is_named_at_once():
+    pixels = np.array([[900, 20, 0, 7], [800, 50, 0, 3]])
+    with pytest.raises(ValueError, match="b, d, .*--min-pixels 6 or less"):
+        TrainPlan(pixels, 0, RareClassSampling(min_pixels=100), "abcd")
+    TrainPlan(pixels, 0, RareClassSampling(min_pixels=6), "abcd")
+
+
 def test_an_earlier_run_is_not_overwritten(finished, arguments):
     with pytest.raises(FileExistsError, match="--resume"):
         call("train", *arguments(finished[0]))
@@ -622,6 +633,30 @@ def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, t
         with pytest.raises(ValueError, match="nothing"):
             call("train", *arguments(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_numbers_is_no_image(arguments, tmp_path):
+    table = {"image": ["a.png"], "label": [1]}
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "rows" / "train.parquet")
+    more = ("--no-index", "--class-names", ",".join(CLASSES), "--data", str(tmp_path / "rows"), "--eval-split", "train")
+    with pytest.raises(ValueError, match="column 'label' holds .* no images"):
+        call("train", *arguments(tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_all_losses_are_options(start):
+    options = TrainOptions(model=str(start), class_weight=1.0, mask_weight=0.0, dice_weight=3.0, score_map_weight=4.0)
+    config = build_model(options, CLASSES)[0].config
+    assert (config.class_loss_weight, config.mask_loss_weight, config.dice_loss_weight) == (1, 0, 3)
+    assert config.score_map_loss_weight == 4
+
+
+def test_classes_without_a_pixel_are_said(data):
+    frames = FrameDataset(str(data), "train")
+    assert not absent_text(frames, frames)
+    frames.index = SimpleNamespace(class_pixels=np.array([[3, 0]]))
+    assert absent_text(frames, FrameDataset(str(data), "validation")).endswith("train on: traversable")
 
 
 def test_damaged_training_images_are_named_before_anything_is_written(arguments, data, tmp_path):

@@ -184,7 +184,12 @@ def test_a_full_disk_is_named_and_with_room_again_the_run_ends_with_the_same_bit
     command = [sys.executable, HERE / "train_without_chance.py", *fixed, "--batch-size", "4", "--out", str(out)]
     process = start(command)
     output, _ = process.communicate(timeout=240)
-    assert process.returncode == 1 and "disk is full" in output and str(out) in output and "not foreseen" not in output
+    assert (
+        process.returncode == 1
+        and "No space left on device" in output
+        and str(out) in output
+        and "not foreseen" not in output
+    )
     small_disk(3 * room)
     finish([*command, *(["--resume"] if out.exists() else [])])
     assert all(torch.equal(value, weights(one)[name]) for name, value in weights(out).items())

@@ -231,7 +231,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
             f"{folder} holds no manifest.json, so it is no finished dataset; run `tqdm-seg prepare` (again: "
-            "finished shards are kept)"
+            "finished shards are kept); of images and masks `tqdm-seg prepare folder` makes one"
         ) from error
 
 
@@ -272,7 +272,10 @@ def read_index(folder: str | Path, split: str | None = None) -> Index:
 
     content = Storage(folder).read("index.parquet", whole)
     if split is not None and split not in manifest["rows"]:
-        raise ValueError(f"{folder} has no split {split!r}, only {', '.join(manifest['rows'])}")
+        raise ValueError(
+            f"{folder} has no split {split!r}, only {', '.join(manifest['rows'])}; name one of them, or prepare "
+            "the data with a part held back"
+        )
     # Not through a Python file object on several threads: with it the interpreter sometimes aborts at its end.
     table = pq.ParquetFile(pa.BufferReader(content)).read(use_threads=False)
     if split is not None:

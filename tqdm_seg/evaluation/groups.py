@@ -25,6 +25,8 @@ def read_attributes(path: Path) -> dict[str, dict[str, str]]:
         raise ValueError(f"{path} needs a column 'scene' and a row per scene")
     found: dict[str, dict[str, str]] = {}
     for number, row in enumerate(rows, 1):
+        if None in row:
+            raise ValueError(f"{path}, row {number}: more fields than the header has; mend the row")
         try:
             scene = scene_identity(row["scene"])
         except ValueError as error:

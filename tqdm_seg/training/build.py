@@ -117,6 +117,9 @@ def check_sizes(
 
 def _config_changes(options: TrainOptions) -> dict[str, Any]:
     changes: dict[str, Any] = {
+        "class_loss_weight": options.class_weight,
+        "mask_loss_weight": options.mask_weight,
+        "dice_loss_weight": options.dice_weight,
         "textual_loss_weight": options.textual_weight,
         "visual_loss_weight": options.visual_weight,
         "score_map_loss_weight": options.score_map_weight,

@@ -146,3 +146,15 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
+
+
+def absent_text(training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows) -> str:
+    """A line naming the classes without a pixel in the frames to train or evaluate on; nothing if there are none."""
+    lines = []
+    for what, frames in (("train", training), ("evaluate", validation)):
+        if isinstance(frames, FrameDataset):
+            totals = frames.index.class_pixels.sum(0)
+            absent = [name for name, pixels in zip(frames.classes, totals, strict=True) if not pixels]
+            if absent:
+                lines.append(f"classes without a pixel in the frames to {what} on: {', '.join(absent)}")
+    return "\n".join(lines)
