@@ -640,7 +640,7 @@ def test_a_column_of_numbers_is_no_image(arguments, tmp_path):
     (tmp_path / "rows").mkdir()
     pq.write_table(pa.table(table), tmp_path / "rows" / "train.parquet")
     more = ("--no-index", "--class-names", ",".join(CLASSES), "--data", str(tmp_path / "rows"), "--eval-split", "train")
-    with pytest.raises(ValueError, match="column 'label' holds .* no images"):
+    with pytest.raises(ValueError, match="column 'label' .*images"):
         call("train", *arguments(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
 
