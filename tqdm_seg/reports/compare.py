@@ -120,7 +120,8 @@ def compare(options: CompareOptions) -> Comparison:
             check_out_file(path, begins, filter(None, inputs))
     found = read_and_compare(options)
     if found.warnings and not options.anyway:
-        reasons = " ".join(map(say, found.warnings))
+        # A long line loses its middle: first the protocols, from which the others follow.
+        reasons = " ".join(map(say, sorted(found.warnings, key=lambda warning: "protocols" not in warning.text)))
         raise ValueError(f"the runs differ in more than the model: {reasons} Evaluate both alike, or give --anyway")
     markdown = as_markdown(found, options.language)
     print(markdown, end="")
