@@ -27,6 +27,7 @@ WRONG_PATHS = {
     "compare": "nosuch nosuch2",
     "report": "nosuch",
     "train": "--data nosuch --out out",
+    "ablate": "--data nosuch --out out",
     "check": "nosuch",
     "audit": "nosuch nosuch2",
     "prepare orfd": "nosuch --out out",

@@ -28,7 +28,7 @@ from .training.build import open_data
 from .training.options import AblateOptions, TrainOptions
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "all of it": {},
+    "full model": {},
     "without text-to-pixel attention": {"no_text_attention": True},
     "random queries instead of class texts": {"random_queries": True, "textual_weight": 0.0},
     "without the textual regulariser": {"textual_weight": 0.0},

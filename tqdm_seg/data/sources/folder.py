@@ -37,7 +37,7 @@ def scan(images: Path, masks: Path, suffix: str = ".png", folders: Sequence[str]
     """All images; the scene is the folder that an image lies in, without its split.
 
     folders: names of those of images and of masks next to each other. Raises ValueError for first-level folders that
-    are no splits beside some that are.
+    are no splits, next to some that are.
     """
     found = []
     same = images.resolve() == masks.resolve()
@@ -62,7 +62,7 @@ def scan(images: Path, masks: Path, suffix: str = ".png", folders: Sequence[str]
     unknown = sorted(name for name in first if split_of(name) is None)
     if unknown and len(unknown) < len(first):
         raise ValueError(
-            f"{images} has the splits {', '.join(sorted(first - set(unknown)))} beside {', '.join(unknown[:3])}; move "
+            f"{images} has the splits {', '.join(sorted(first - set(unknown)))} and {', '.join(unknown[:3])}; move "
             "these folders into one of train, val and test or elsewhere, or list the frames with --pairs"
         )
     return [_pair(image, folders, mask) for image, folders, mask in found]

@@ -32,7 +32,7 @@ DEPTHS = ("image_data", "*/image_data", "*/*/image_data")
 def scan(root: Path) -> list[Pair]:
     """All frames of ORFD and of ORAD-3D, which has the same layout; the scene is the folder above image_data.
 
-    Raises FileNotFoundError without a folder of a split, ValueError for frames in other folders beside them.
+    Raises FileNotFoundError without a folder of a split, ValueError for frames in other folders next to them.
     """
     for place in (root, root / "Final_Dataset"):
         folders = [folder for folder in find(place, "*") if folder.is_dir()]
