@@ -14,6 +14,8 @@ from conftest import micro_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tqdm_seg.commands import start
+from tqdm_seg.deploy.export import export
 from tqdm_seg.deploy.folder import load_model, save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -111,6 +113,58 @@ def test_whole_folders_load(folder):
     model, _ = load_model(folder)
     for name, tensor in load_file(folder / "model.safetensors").items():
         assert torch.equal(model.state_dict()[name], tensor)
+
+
+# ---- Loading runs nothing of the folder, and is checked
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(path)
+    return path
+
+
+def test_code_planted_in_a_folder_does_not_run(folder, photo, tmp_path, monkeypatch):
+    """predict, export, evaluate, report and train load by one loader, with the classes of this package."""
+    monkeypatch.chdir(tmp_path)
+    for file in folder.glob("*_tqdm.py"):
+        file.write_text("open('victim', 'w').write('ran')\n")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("open('victim', 'w').write('ran')\n")
+    assert start("predict", [str(folder), str(photo), "--out", "out"]) == 0
+    export(model=str(folder), out="exported", format=("torch",), check=False)
+    load_model(folder)
+    from tqdm_seg.training.build import build_model
+    from tqdm_seg.training.options import TrainOptions
+
+    build_model(TrainOptions(model=str(folder), data=str(ROOT / "examples/orfd_mini"), steps=1), ("road", "sky"))
+    assert not (tmp_path / "victim").exists()
+
+
+def test_predict_check_compares_the_scores_with_the_saved_ones(folder, photo, tmp_path, capsys):
+    command = [str(folder), str(photo), "--check", "--out", str(tmp_path / "out")]
+    assert start("predict", command) == 0
+    assert "self-check" in capsys.readouterr().out
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith("class_head.weight"))
+    edit_weights(folder, **{name: torch.randn_like(weights[name])})
+    assert start("predict", [*command[:-1], str(tmp_path / "second")]) == 1
+    assert "self_check.json" in capsys.readouterr().err
+    assert not (tmp_path / "second").exists()
+    with pytest.raises(ValueError, match=r"self_check\.json"):
+        export(model=str(folder), out=tmp_path / "exported", format=("torch",), check=False)
+    (folder / "self_check.json").unlink()
+    assert start("predict", [*command[:-1], str(tmp_path / "third")]) == 1
+    assert "self_check.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_start_models_are_named_in_one_line(folder, photo, tmp_path, capsys, trained):
+    fields = json.loads((folder / "config.json").read_text()) | {"trained": trained}
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert start("predict", [str(folder), str(photo), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("is not trained") == (not trained)
 
 
 # ---- Every way of saving against every way of loading

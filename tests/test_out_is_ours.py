@@ -7,13 +7,17 @@ import stat
 from pathlib import Path
 
 import pytest
+from conftest import micro_model
+from PIL import Image
 
+from tqdm_seg.commands import start
 from tqdm_seg.data import files
 from tqdm_seg.data.files import (
     MARK,
     check_out_file,
     check_out_folder,
     claim_folder,
+    example,
     files_below,
     is_system_file,
     move_folder,
@@ -25,6 +29,8 @@ from tqdm_seg.data.files import (
     write_file,
     write_mark,
 )  # fmt: skip
+from tqdm_seg.deploy.folder import save_model_folder
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 
 
 def fill(folder: Path, **content: str) -> Path:
@@ -255,3 +261,102 @@ def test_folders_that_cannot_be_opened(tmp_path, monkeypatch):
     make(tmp_path / "out", a="1")
     make(tmp_path / "out", a="2")
     assert json.loads((tmp_path / "out" / MARK).read_text())["files"] == ["a"]
+
+
+# ---- The programs
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "model"
+    names = {0: "non-traversable", 1: "traversable"}
+    save_model_folder(micro_model(id2label=names), TqdmImageProcessor(), folder)
+    return folder
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def line_of(capsys) -> str:
+    """The one line of the error."""
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1 and len(error) <= 400, error
+    return error
+
+
+COMMANDS = {
+    "predict": "predict MODEL PHOTO --out OUT",
+    "export": "export MODEL --out OUT --format torch --no-check",
+    "convert": "convert WEIGHTS --out OUT",
+    "prepare": "prepare folder COMMA/images COMMA/masks --class-file COMMA/classes.csv --out OUT",
+    "evaluate": "evaluate MODEL --data x=MINI --out OUT",
+    "train": "train --model tiny --steps 1 --data MINI --out OUT",
+}
+
+
+def start_command(line: str, **places: Path) -> int:
+    name, *rest = line.split()
+    if name == "prepare":
+        name = f"prepare {rest.pop(0)}"
+    for key, place in places.items():
+        rest = [word.replace(key, str(place)) for word in rest]
+    try:
+        return start(name, rest)
+    except SystemExit as error:
+        return int(error.code)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("theirs", ["thesis", "file", "program"])
+def test_no_program_touches_what_it_did_not_make(tmp_path, model, photo, command, theirs, capsys):
+    out = tmp_path / "out"
+    if theirs == "thesis":
+        fill(out, **{"thesis.txt": "years"})
+    elif theirs == "file":
+        out.write_text("years")
+    else:
+        make(out, "another", work="years")
+    (tmp_path / "weights.pth").write_bytes(b"")
+    before = snapshot(tmp_path)
+    places = {"MODEL": model, "PHOTO": photo, "OUT": out, "WEIGHTS": tmp_path / "weights.pth",
+              "COMMA": example("comma10k"), "MINI": example("orfd_mini")}  # fmt: skip
+    assert start_command(COMMANDS[command], **places) == 1
+    assert str(out) in line_of(capsys)
+    assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["export MODEL --out MODEL", "convert MODEL/model.safetensors --out MODEL", "predict MODEL PHOTO --out PHOTO",
+     "predict MODEL FOLDER --out FOLDER", "compare T.csv U.csv --csv T.csv", "audit T.csv U.csv --json T.csv"],
+)  # fmt: skip
+def test_outputs_of_programs_are_no_inputs(tmp_path, model, photo, line, capsys):
+    for name in "TU":
+        (tmp_path / f"{name}.csv").write_text("scene\n")
+    before = snapshot(tmp_path), snapshot(model)
+    assert start_command(line, MODEL=model, PHOTO=photo, FOLDER=tmp_path, T=tmp_path / "T", U=tmp_path / "U") == 1
+    line_of(capsys)
+    assert (snapshot(tmp_path), snapshot(model)) == before
+
+
+def test_results_of_earlier_predictions_are_replaced_and_others_stay(tmp_path, model, photo):
+    out = tmp_path / "out"
+    assert start("predict", [str(model), str(photo), "--out", str(out)]) == 0
+    fill(out / "ids", **{".tqdm-seg.tmp.a.png": "cut", "mine.png": "mine"})
+    Image.new("RGB", (40, 50), "blue").save(photo)
+    assert start("predict", [str(model), str(photo), "--out", str(out)]) == 0
+    assert Image.open(out / "ids" / "photo.png").size == (40, 50)
+    assert sorted(path.name for path in (out / "ids").iterdir()) == ["mine.png", "photo.png"]
+
+
+def test_ctrl_c_in_predict_is_one_line(tmp_path, model, photo, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tqdm_seg.deploy.predict.Predictor.__call__", stop)
+    assert start("predict", [str(model), str(photo), "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].endswith("stopped")
+    assert files_below(tmp_path / "out") == []
