@@ -38,6 +38,9 @@ _KNOWN_TOKEN_IDS = {
 # ---- one check of values, by field
 
 
+LARGEST = 10_000_000  # of sizes and counts: above it, a number is a slip
+
+
 def quote(value: Any, length: int = 60) -> str:
     """`repr` of a value, cut to a readable length."""
     text = repr(value)
@@ -47,14 +50,18 @@ def quote(value: Any, length: int = 60) -> str:
 def check_numbers(config: PreTrainedConfig, whole: str = "", positive: str = "", not_negative: str = "") -> None:
     """Raises ValueError, naming the field, unless its number is finite and in range; arguments are names in a row.
 
-    whole: integers from 1 on.
+    whole: integers from 1 to `LARGEST`.
     """
-    kinds = [(whole, "a whole number from 1 on"), (positive, "a number above 0"), (not_negative, "a number from 0 on")]
+    kinds = [
+        (whole, f"a whole number from 1 to {LARGEST}"),
+        (positive, "a number above 0"),
+        (not_negative, "a number from 0 on"),
+    ]
     for names, kind in kinds:
         for name in names.split():
             value = getattr(config, name)
             fits = not isinstance(value, bool) and math.isfinite(value) and value >= 0
-            if not fits or (value == 0 and not kind.endswith("from 0 on")):
+            if not fits or (value == 0 and names != not_negative) or (value > LARGEST and names == whole):
                 raise ValueError(f"{config.model_type} configuration: {name} is {quote(value)} and must be {kind}")
 
 
@@ -555,6 +562,10 @@ class TqdmConfig(PreTrainedConfig):
         self.label2id = label2id
         check_distinct(self.query_texts, "query_texts")
         check_distinct(self.row_names, "display_names")
+        if self.frozen_texts is not None and not {*self.query_texts} <= {*self.frozen_texts}:
+            raise ValueError(
+                f"frozen_texts are {quote(self.frozen_texts)} and must hold the query texts {listed(self.query_texts)}"
+            )
         for text, ids in (self.token_ids or {}).items():
             end = self.text_config.eos_token_id  # the largest one, by which the text tower finds the end
             if not all(0 <= index <= end for index in ids):
@@ -619,12 +630,14 @@ class TqdmConfig(PreTrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TqdmConfig":
         """The named preset; `overrides` replace its fields (dicts for sub-configurations are merged)."""
-        if name not in PRESETS:
+        if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"unknown preset {quote(name)}; choose one of {', '.join(sorted(PRESETS))}")
         check_keys(cls, overrides)
         fields = {**PRESETS[name], **overrides}
         for key in cls.sub_configs:
             value = overrides.get(key)
+            if not isinstance(value, dict | PreTrainedConfig | None):
+                raise ValueError(f"{key} is {quote(value)} and must be a dict of its fields, or a configuration")
             if not isinstance(value, PreTrainedConfig):
                 fields[key] = {**PRESETS[name].get(key, {}), **(value or {})}
         return cls(**fields)

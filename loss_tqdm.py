@@ -66,6 +66,24 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
     return labels
 
 
+def check_embedding(name: str, value: Tensor | None, expected: Tensor) -> None:
+    """Raises ValueError unless the embedding, where there is one, has the shape of `expected`."""
+    if value is not None and (not isinstance(value, Tensor) or value.shape != expected.shape):
+        came = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} is {came} and must be a tensor {tuple(expected.shape)}")
+
+
+def check_mask_index(mask_index: Tensor, batch: int, num_classes: int) -> None:
+    """Raises ValueError unless it is (M, 2) of images and classes; values on a GPU are not looked at."""
+    if not isinstance(mask_index, Tensor) or mask_index.dtype != torch.int64 or mask_index.shape[1:] != (2,):
+        came = f"{tuple(mask_index.shape)} {mask_index.dtype}" if isinstance(mask_index, Tensor) else type(mask_index)
+        raise ValueError(f"mask_index is {came} and must be a tensor (masks, 2) of int64, see supervised_masks()")
+    if mask_index.device.type == "cpu" and not torch.compiler.is_compiling():
+        limits = torch.tensor((batch, num_classes))
+        if not ((mask_index >= 0) & (mask_index < limits)).all():
+            raise ValueError(f"mask_index must hold images below {batch} and classes below {num_classes}")
+
+
 def supervised_masks(labels: Tensor, num_classes: int, ignore_index: int = 255) -> Tensor:
     """Image and class (M, 2) of every class present in labels (B, H, W): images in order, classes ascending.
 

@@ -32,7 +32,9 @@ from .decoder_tqdm import MaskDecoder, PixelDecoder
 from .layers_tqdm import AttentionWeights, TqdmBaseModel, make_vector, resize
 from .loss_tqdm import (
     LossCounts,
+    check_embedding,
     check_labels,
+    check_mask_index,
     choose_points,
     class_loss,
     count_losses,
@@ -122,6 +124,20 @@ class TqdmPreTrainedModel(TqdmBaseModel):
         loading = _LOADING.set(bool(kwargs.get("ignore_mismatched_sizes")))
         try:
             loaded = super().from_pretrained(*args, **kwargs)
+        except ValueError:
+            raise
+        except Exception as error:  # whatever damaged files and other kinds of folders cause in the library
+            kind, reason = type(error), " ".join(str(error).split())[:180]
+            if kind is RuntimeError:
+                reason = "weights of another shape than config.json says, see above"
+            elif kind.__name__ == "SafetensorError":
+                reason = f"its weights are damaged or no safetensors file ({reason})"
+            elif kind is TypeError:
+                reason = f"its config.json holds no fields or unknown ones ({reason})"
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+            raise (kind if kind in (OSError, RuntimeError, ImportError) else ValueError)(
+                f"cannot load {name}: {reason}; save, convert or download the model again"
+            ) from error
         finally:
             _LOADING.reset(loading)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -414,6 +430,12 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         if reference_text_embedding is None:
             reference_text_embedding = self.model.text_queries.encode_reference()
 
+        for name, value, expected in (
+            ("reference_image_embedding", reference_image_embedding, outputs.image_embedding),
+            ("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0]),
+        ):
+            check_embedding(name, value, expected)
+        check_mask_index(mask_index, len(labels), config.num_labels)
         image, wanted = mask_index.unbind(-1)
         mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
         extent = make_vector((width / columns, height / rows), mask_logits.device)

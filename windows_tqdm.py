@@ -230,14 +230,20 @@ class Segmenter:
             raise ValueError("segment() predicts, which training mode would disturb; call model.eval() first")
         views = list(views) if isinstance(views, list | tuple) else [views]
         if not views:
-            raise ValueError("segment() got an empty list; pass pixel_values, or the same images at several scales")
+            raise ValueError(
+                "segment() got an empty list as views; pass pixel_values, or the same images at several scales"
+            )
         for view in views:
             check_images(view, self.config)
         batches = [len(view) for view in views]
         if len(set(batches)) > 1:
-            raise ValueError(f"the views are of the same images, but there are {quote(batches)} images in them")
+            raise ValueError(
+                f"the views are of the same images, but there are {quote(batches)} images in them; pass as many"
+            )
         if size is not None and not (
-            len(tuple(size)) == 2 and all(isinstance(side, int) and side > 0 for side in size)
+            isinstance(size, list | tuple)
+            and len(size) == 2
+            and all(isinstance(side, int) and side > 0 for side in size)
         ):
             raise ValueError(f"size is {quote(size)} and must be (height, width) in pixels")
         self.config.check_windows()

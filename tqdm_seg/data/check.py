@@ -31,6 +31,8 @@ from .remote import Storage
 from .shards import check_same_labels, read_index, read_manifest
 from .workers import process_pool
 
+_COMPARED = ("key", "scene", "height", "width", "class_pixels")  # columns that shards and index have in common
+
 
 def find_problems(folder: str, workers: int) -> list[str]:
     """Everything that is wrong with the folder; raises FileNotFoundError or ValueError without manifest or index."""
@@ -81,6 +83,8 @@ def find_problem(folder: str | Path, num_classes: int, record: dict[str, Any], i
     row = 0
     try:
         parquet = pq.ParquetFile(pa.BufferReader(content))
+        if lacking := [name for name in (*_COMPARED, "image", "label") if name not in parquet.schema_arrow.names]:
+            return f"{record['file']} lacks the columns {', '.join(lacking)}"
         for group in range(parquet.num_row_groups):
             for stored in parquet.read_row_group(group, use_threads=False).to_pylist():
                 expected = index.slice(row, 1).to_pylist()[0]
@@ -97,7 +101,7 @@ def find_problem(folder: str | Path, num_classes: int, record: dict[str, Any], i
 
 
 def _row_problem(stored: dict[str, Any], expected: dict[str, Any], num_classes: int) -> str | None:
-    for name in ("key", "scene", "height", "width", "class_pixels"):
+    for name in _COMPARED:
         if stored[name] != expected[name]:
             return f"{name} is {stored[name]}, in the index {expected[name]}"
     for name in ("image", "label"):

@@ -138,6 +138,8 @@ class FolderOptions(PrepareOptions):
         super().__post_init__()
         if not 0 <= self.tolerance <= 255:
             raise ValueError(f"--tolerance {self.tolerance} is not between 0 and 255")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must be 0 or more")
         if self.hold_out is not None and not 0 < self.hold_out < 1:
             raise ValueError(f"--hold-out {self.hold_out:g} is not between 0 and 1, such as 0.15")
         if self.hold_out is not None and self.hold_out_scenes is not None:

@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .files import cut, parse_json, replace_file
+from .label_maps import IGNORE_INDEX
 from .remote import DamagedError, Storage
 
 if TYPE_CHECKING:
@@ -249,6 +250,9 @@ def _parsed(name: str, content: bytes) -> dict[str, Any]:
     for field, kind in (("classes", list), ("shards", list), ("rows", dict), ("options", dict), ("label_map", dict)):
         if not isinstance(manifest[field], kind):
             raise ValueError(f"{name}: {field} is {cut(manifest[field])}, expected a {kind.__name__}; prepare it again")
+    if manifest.get("ignore_index") != IGNORE_INDEX:
+        found = cut(manifest.get("ignore_index", "missing"))
+        raise ValueError(f"{name}: ignore_index is {found}, expected {IGNORE_INDEX}; prepare it again")
     for record in manifest["shards"]:
         if not isinstance(record, dict) or any(not isinstance(record.get(f), kind) for f, kind in _RECORD.items()):
             raise ValueError(f"{name} has the shard {cut(record)}, expected {', '.join(_RECORD)}; prepare it again")

@@ -95,7 +95,8 @@ def build_model(
             net.set_classes(id2label)
     else:
         raise FileNotFoundError(
-            f"--model {options.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a config.json"
+            f"--model {options.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a "
+            "config.json; name one of them"
         )
     if options.eval_size:
         shortest, longest = sorted(options.eval_size)
