@@ -166,7 +166,7 @@ def test_25000_rows_of_the_index_load_in_a_second(tmp_path):
     pq.write_table(pa.table(columns, index_schema(classes)), content)
     manifest = {
         "format": FORMAT_VERSION, "classes": ["a"] * classes, "rows": {"train": rows}, "shards": [],
-        "dataset": "", "options": {}, "label_map": {}, "class_pixels": {},
+        "dataset": "", "options": {}, "label_map": {}, "class_pixels": {}, "ignore_index": 255,
         "index_sha256": hashlib.sha256(content.getvalue()).hexdigest(),
     }  # fmt: skip
     (tmp_path / "index.parquet").write_bytes(content.getvalue())
