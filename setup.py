@@ -101,6 +101,7 @@ setup(
             "pyright>=1.1.400",
             "hypothesis>=6.100",
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "ruff>=0.12",
             "setuptools>=77",
             "torchmetrics>=1.4",
