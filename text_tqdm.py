@@ -215,7 +215,7 @@ class TextualQueries(nn.Module):
         rows = table(torch.arange(table.num_embeddings, device=device))
         if self.config.queries == "random":
             return rows
-        return self.text_tower(torch.tensor(self.token_ids, device=device), rows)  # (K, L)
+        return self.text_tower(torch.tensor(self.token_ids).to(device, non_blocking=True), rows)  # ids (K, L)
 
     def _device(self) -> torch.device:
         """Where token ids go; of offloaded weights it is known to accelerate's hooks alone, which move inputs there."""
@@ -231,7 +231,7 @@ class TextualQueries(nn.Module):
         """
         if self.config.frozen_texts is not None:
             raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
-        reference_ids = torch.tensor(self.reference_token_ids, device=self._device())  # (K, L)
+        reference_ids = torch.tensor(self.reference_token_ids).to(self._device(), non_blocking=True)  # (K, L)
         return F.normalize(self.text_tower(reference_ids), dim=-1)
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:

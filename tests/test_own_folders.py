@@ -61,7 +61,7 @@ def test_split_folders_of_any_spelling(tmp_path):
 
 def test_unknown_folders_beside_splits_are_refused(tmp_path):
     argv = own(tmp_path, "train/a", "extra/b")
-    with pytest.raises(ValueError, match="train beside extra"):
+    with pytest.raises(ValueError, match="train and extra"):
         prepare("folder", *argv)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
     root = orfd(orfd(tmp_path / "orfd", 1), 1, split="more")

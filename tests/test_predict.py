@@ -191,10 +191,10 @@ def test_unreadable_images_are_named_and_the_others_done(folder, photo, capsys):
     assert status == 1
     printed = capsys.readouterr().err
     assert "4 of 5 inputs failed" in printed
-    for name in ("cut.png", "text.jpg", "deep.tif", "small.png"):
-        assert str(inside / name) in printed
     report = json.loads((out / "areas.json").read_text())
-    assert list(report["results"]) == ["photo"] and len(report["failed"]) == 4
+    assert list(report["results"]) == ["photo"]
+    assert set(report["failed"]) == {str(inside / name) for name in ("cut.png", "text.jpg", "deep.tif", "small.png")}
+    assert str(inside / "cut.png") in printed and str(out / "areas.json") in printed
     assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json", MARK}
 
 
@@ -381,7 +381,9 @@ def test_unreadable_videos_are_named_and_leave_nothing(folder, photo, capsys):
     status, out = run(folder, photo.with_name("cut.mp4"), photo.with_name("text.avi"), photo)
     printed = capsys.readouterr().err
     assert status == 1 and "2 of 3 inputs failed" in printed
-    assert "cut.mp4" in printed and f"cannot read {photo.with_name('text.avi')}" in printed
+    assert "cut.mp4" in printed
+    failed = json.loads((out / "areas.json").read_text())["failed"]
+    assert set(failed) == {str(photo.with_name(name)) for name in ("cut.mp4", "text.avi")}
     assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json", MARK}
 
 

@@ -271,9 +271,9 @@ def predict(options: PredictOptions) -> dict[str, dict[str, Any]]:
     report = {"protocol": predictor.protocol(), "results": results, "failed": failed}
     write_file(options.out / "areas.json", (json.dumps(report, indent=2) + "\n").encode())
     if failed:
-        shown = "; ".join(list(failed.values())[:5]) + ("; ..." if len(failed) > 5 else "")
+        first = next(iter(failed.values()))
         raise ValueError(
-            f"{len(failed)} of {len(found)} inputs failed, all named in {options.out / 'areas.json'}: {shown}"
+            f"{len(failed)} of {len(found)} inputs failed, all named in {options.out / 'areas.json'}; first {first}"
         )
     return results
 
