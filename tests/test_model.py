@@ -386,6 +386,7 @@ def test_gradient_checkpointing_changes_nothing(model, images, labels):
 
 
 @pytest.mark.parametrize("tower", ["clip", "eva02"])
+@pytest.mark.slow
 def test_compiled_forward_is_eager_without_graph_breaks(tower, images, labels):
     model = micro_model(tower)
     index = supervised_masks(labels, 3)
