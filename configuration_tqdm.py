@@ -699,4 +699,4 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 TqdmConfig.register_for_auto_class()
 
-__all__ = ["CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig"]
+__all__ = ["CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig", "listed", "quote"]
