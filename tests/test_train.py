@@ -1,6 +1,7 @@
 """The training program on a very small model and 40-pixel images: recipe, exact resume, outputs, clear errors."""
 
 import errno
+import gc
 import hashlib
 import importlib
 import io
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from shard_helpers import call, photo, prepare, save
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
+from tqdm_seg.ablate import table
 from tqdm_seg.commands import start as start_command
 from tqdm_seg.configuration_tqdm import PRESETS
 from tqdm_seg.data.frames import FrameDataset, frame_loader
@@ -358,6 +360,14 @@ def test_the_best_model_is_kept_and_loads(finished):
     scored = {line["step"]: line["miou"] for line in log_of(finished[0]) if "miou" in line}
     assert scored[results["step"]] == results["miou"] == max(scored.values())
     assert AutoModelForSemanticSegmentation.from_pretrained(best, trust_remote_code=True).config.num_labels == 2
+
+
+@pytest.mark.parametrize("folder", ["best", "model"])
+def test_evaluate_prints_what_the_training_printed(finished, data, tmp_path, folder):
+    stored = json.loads((finished[0] / folder / "results.json").read_text())
+    more = ("--data", f"held={data}:validation", "--out", tmp_path / "out", "--workers", "0")
+    results = call("evaluate", finished[0] / folder, *more)["sets"]["held"]
+    assert results["miou"] == stored["miou"] and results["iou"] == stored["iou"]
 
 
 def test_log_has_every_loss_rates_and_evaluations(finished):
@@ -710,3 +720,23 @@ def test_evaluation_pools_counts_and_leaves_the_model_as_it_was(data):
         prediction, _ = predict_frame(model, processor, frames[i])
         matrix = matrix + confusion_matrix(prediction, torch.from_numpy(frames[i].labels), 2)
     assert results[0]["miou"] == mean_iou(matrix)
+
+
+def test_the_copy_that_is_evaluated_is_freed(data):
+    model = micro_model(id2label=dict(enumerate(CLASSES)))
+    frames = FrameDataset(str(data), "validation")
+    gc.collect()
+    before = sum(type(thing) is type(model) for thing in gc.get_objects())
+    gc.disable()
+    try:
+        score_frames(model, TqdmImageProcessor(), [frames[0]], frames.label_map, program.Accelerator())
+        assert sum(type(thing) is type(model) for thing in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_an_ablation_says_how_many_classes_its_means_are_over():
+    results = [{"miou": 0.5, "miou_classes": count, "iou": {"a": 0.5, "b": None}} for count in (2, 1)]
+    text = table({"full model": {"held_back": results[:1], "unseen": results[1:]}})
+    assert "held back, same drive (2 classes) | unseen domain (1 of 2 classes)" in text
+    assert "| full model | 50.0 | 50.0 |" in text

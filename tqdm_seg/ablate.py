@@ -23,6 +23,7 @@ from .data.frames import FrameDataset, frame_loader
 from .data.sources.folder import prepare_folder
 from .deploy.folder import load_model
 from .evaluation.evaluate import score_frames
+from .evaluation.figures import mean_over
 from .program import takes
 from .training.build import open_data
 from .training.options import AblateOptions, TrainOptions
@@ -43,18 +44,22 @@ def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
     open_data(TrainOptions(**options.of_run()))  # raises before anything is written
     claim_folder(options.out, "ablate")
     unseen = unseen_frames(options.out)
-    figures: dict[str, dict[str, list[float]]] = {}
+    scored: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for variant, changes in VARIANTS.items():
-        columns = figures.setdefault(variant, {"held_back": [], "unseen": []})
+        columns = scored.setdefault(variant, {"held_back": [], "unseen": []})
         for seed in options.seeds:
             folder = options.out / f"{variant.replace(' ', '_')}_{seed}"
             if not (folder / "results.json").is_file():
                 train(**options.of_run(out=folder, seed=seed, overlays=0, tracker="none", resume=True, **changes))
-            columns["held_back"].append(read_json(folder / "results.json", ["miou"])["miou"])
+            columns["held_back"].append(read_json(folder / "results.json", ["miou", "miou_classes", "iou"]))
             columns["unseen"].append(score_unseen(folder / "model", unseen))
+    figures = {
+        variant: {domain: [found["miou"] for found in results] for domain, results in columns.items()}
+        for variant, columns in scored.items()
+    }
     write_file(options.out / "ablation.json", (json.dumps(figures, indent=1) + "\n").encode())
-    write_file(options.out / "ablation.md", table(figures).encode())
-    print(table(figures))
+    write_file(options.out / "ablation.md", table(scored).encode())
+    print(table(scored))
     return figures
 
 
@@ -65,22 +70,27 @@ def unseen_frames(out: Path) -> FrameDataset:
     return FrameDataset(str(folder), "test")
 
 
-def score_unseen(model_folder: Path, frames: FrameDataset) -> float:
-    """mIoU on the unseen domain; images are resized to the side that the model was trained at, with sliding windows."""
+def score_unseen(model_folder: Path, frames: FrameDataset) -> dict[str, Any]:
+    """Scores on the unseen domain; images get the side that the model was trained at, with sliding windows."""
     model, processor = load_model(model_folder)
     processor.do_resize, processor.size = True, {"shortest_edge": 224, "longest_edge": 448}
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     loader = frame_loader(frames, 0)
-    return score_frames(model.to(accelerator.device), processor, loader, frames.label_map, accelerator)["miou"]
+    return score_frames(model.to(accelerator.device), processor, loader, frames.label_map, accelerator)
 
 
-def table(figures: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: mean over the seeds, and range where there are several."""
-    lines = ["| variant | held back, same drive | unseen domain |", "|---|---:|---:|"]
-    for variant, columns in figures.items():
-        cells = [f"{100 * statistics.mean(values):.1f}" for values in columns.values()]
-        if max(map(len, columns.values())) > 1:
-            ranges = [f" ({100 * min(values):.1f} to {100 * max(values):.1f})" for values in columns.values()]
+def table(scored: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
+    """Markdown: mean over the seeds, and range where there are several; the head says over how many classes."""
+    over = [
+        mean_over([found for columns in scored.values() for found in columns[domain]])
+        for domain in ("held_back", "unseen")
+    ]
+    lines = [f"| variant | held back, same drive ({over[0]}) | unseen domain ({over[1]}) |", "|---|---:|---:|"]
+    for variant, columns in scored.items():
+        means = [[100 * found["miou"] for found in results] for results in columns.values()]
+        cells = [f"{statistics.mean(values):.1f}" for values in means]
+        if max(map(len, means)) > 1:
+            ranges = [f" ({min(values):.1f} to {max(values):.1f})" for values in means]
             cells = [mean + span for mean, span in zip(cells, ranges, strict=True)]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

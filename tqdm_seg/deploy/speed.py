@@ -11,8 +11,11 @@ int8    the vision tower's products in 8 bits (torchao), all else in float32: CP
 `python benchmarks/mode_changes.py` measures what each of them changes.
 """
 
+import copy
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -69,6 +72,31 @@ def ready_to_predict(
     if compiled:
         model.score = torch.compile(model.score)
     return model
+
+
+def ready_copy(model: TqdmForSemanticSegmentation, precision: str = "fp32") -> TqdmForSemanticSegmentation:
+    """A copy that is `ready_to_predict`, for a model that is trained further.
+
+    It is what loading the saved model would give: plain layers, without what training wrapped around them. Adapters
+    must be merged before. Raises as `ready_to_predict`.
+    """
+    with torch.device("meta"):  # no weights are drawn
+        ready = TqdmForSemanticSegmentation(copy.deepcopy(model.config))
+    weights = model.state_dict().items()
+    own = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in weights}
+    ready.load_state_dict(own, assign=True)
+    return ready_to_predict(ready, precision)
+
+
+@contextmanager
+def restore_arithmetic() -> Iterator[None]:
+    """After the block float32 is computed as before, whatever `set_float32_arithmetic` chose inside."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 def _quantise(blocks: nn.ModuleList) -> None:

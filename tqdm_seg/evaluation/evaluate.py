@@ -35,7 +35,7 @@ from ..data.frames import Frame
 from ..data.label_maps import IGNORE_INDEX
 from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
-from ..deploy.speed import ready_to_predict, use_huge_pages
+from ..deploy.speed import ready_copy, ready_to_predict, restore_arithmetic, use_huge_pages
 from ..program import takes
 from .class_sets import class_set
 from .counts import FrameTable, Scored, read_scored, read_table, save_batch, write_table
@@ -67,29 +67,27 @@ def score_frames(
     accelerator: Accelerator,
     class_set_name: str | None = None,
 ) -> dict[str, object]:
-    """All of `metrics.scores` pooled over the frames, with their protocol.
+    """All of `metrics.scores` pooled over the frames, with their protocol: what `evaluate` prints for the saved model.
 
     frames: those that this process scores; counts are summed over processes. label_map: its name and policy, from the
-    manifest of the dataset. class_set_name: of the classes that the mean is over. The model keeps its mode, training or
-    not.
+    manifest of the dataset. class_set_name: of the classes that the mean is over. A copy of the model, which is freed
+    afterwards, computes on the fast path in the precision of the training; it has no adapters.
     """
-    training = model.training
-    model.eval()
+    precision = number_format(accelerator).split()[0]
     num_classes = model.config.num_labels
     matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=model.device)
     sizes: Counter[tuple[int, int]] = Counter()
-    with model.cache_texts():
+    with restore_arithmetic():
+        ready = ready_copy(model, precision)
         for frame in frames:
-            with accelerator.autocast():
-                prediction, _ = predict_frame(model, processor, frame)
+            prediction, _ = predict_frame(ready, processor, frame)
             labels = torch.tensor(frame.labels, device=prediction.device)
             matrix += confusion_matrix(prediction, labels, num_classes, IGNORE_INDEX)
             sizes[frame.labels.shape] += 1
-    model.train(training)
 
     matrix = accelerator.reduce(matrix, "sum")
     sizes = sum(gather_object([sizes]), Counter())
-    protocol = Protocol.of(processor).describe(model.config, label_map, sizes, number_format(accelerator))
+    protocol = Protocol.of(processor).describe(model.config, label_map, sizes, precision)
     names = model.config.class_names
     if chosen := class_set(class_set_name, names):
         protocol["class_set"] = {"name": class_set_name, "classes": list(chosen)}
@@ -97,7 +95,7 @@ def score_frames(
 
 
 def number_format(accelerator: Accelerator) -> str:
-    """What the protocol calls the precision of a training: fp32, tf32, bf16 autocast or fp16 autocast."""
+    """The precision of a training: fp32, tf32, bf16 autocast or fp16 autocast."""
     if accelerator.mixed_precision != "no":
         return f"{accelerator.mixed_precision} autocast"
     tf32 = accelerator.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"

@@ -95,19 +95,22 @@ class Reporter:
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
         frames = frame_loader(self.validation, self.options.workers, process, processes)
         return score_frames(
-            self.whole, self.processor, frames, self.validation.label_map, self.accelerator, self.options.class_set
+            self.saved(), self.processor, frames, self.validation.label_map, self.accelerator, self.options.class_set
         )
+
+    def saved(self) -> TqdmForSemanticSegmentation:
+        """The model as a folder gets it: whole, adapters merged."""
+        if self.options.vision != "lora":
+            return self.whole
+        from .lora import without_adapters  # here, because peft takes seconds to import
+
+        return without_adapters(self.whole)
 
     def write_model(self, folder: Path, results: dict[str, object]) -> None:
         """Model folder with its card and results.json."""
         card = model_card(self.options, self.whole, results, self.training, self.validation)
         files = {"README.md": card, "results.json": json.dumps(results, indent=2) + "\n"}
-        net = self.whole
-        if self.options.vision == "lora":
-            from .lora import without_adapters
-
-            net = without_adapters(net)
-        save_model_folder(net, self.processor, folder, files)
+        save_model_folder(self.saved(), self.processor, folder, files)
 
     def drawings(self, results: dict[str, object]) -> list[tuple[str, Image.Image]]:
         """Names and drawings of some frames with ground truth and prediction."""
