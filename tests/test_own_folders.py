@@ -15,6 +15,7 @@ from shard_helpers import ROOT, call, contents, orfd, photo, prepare, save, stor
 from tqdm_seg.data import folders
 from tqdm_seg.data.files import MARK
 from tqdm_seg.data.folders import split_of, walk
+from tqdm_seg.data.scenes import clusters_text
 from tqdm_seg.data.shards import read_manifest
 
 
@@ -190,6 +191,25 @@ def test_hold_out_by_a_list_of_scenes_or_images(tmp_path):
 
 
 # -- classes that do not fit ----------------------------------------------------------------------------
+
+
+def test_scenes_from_names_and_blocks_of_seconds(tmp_path):
+    argv = own(tmp_path, "test/creek_1", "test/creek_2", "test/trail-3_1")
+    prepare("folder", *argv, "--scene", r"([^/]+)_\d+$")
+    assert {key: row["scene"] for key, row in stored(tmp_path / "out").items()} == {
+        "test/creek_1.jpg": "creek", "test/creek_2.jpg": "creek", "test/trail-3_1.jpg": "trail-3",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="--scene x finds nothing in test/creek_1.jpg"):
+        prepare("folder", argv[0], tmp_path / "none", *argv[2:], "--scene", "x")
+    with pytest.raises(ValueError, match="creek_1.*leave out --scene-seconds"):
+        prepare("folder", argv[0], tmp_path / "none", *argv[2:], "--scene-seconds", 4)
+    drive = own(tmp_path / "drive", *(f"test/{1620322699201 + ms}" for ms in (0, 3999, 4000, 9000)))
+    prepare("folder", *drive, "--scene-seconds", 4)
+    scenes = [row["scene"] for row in stored(tmp_path / "drive" / "out").values()]
+    assert scenes == ["4s-000", "4s-000", "4s-001", "4s-002"]
+    assert clusters_text(scenes) == "3 blocks of 4 s within one drive"
+    assert clusters_text(["a/4s-000", "b/4s-000"]) == "2 blocks of 4 s within 2 drives"
+    assert clusters_text(["creek", "creek", "trail-3"]) == "2 scenes" and clusters_text([""]) == "one place, no scenes"
 
 
 def test_masks_of_0_and_255_with_two_names_are_refused_with_the_whole_class_file(tmp_path):

@@ -20,8 +20,18 @@ from shard_helpers import prepare as make
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES
 from tqdm_seg.data import prepare as core
 from tqdm_seg.data.files import example
-from tqdm_seg.data.label_maps import CITYSCAPES, GTA5, MAPILLARY, ORFD, STREET_CLASSES, SYNTHIA, TRAIN_IDS, LabelMap
-from tqdm_seg.data.shards import read_manifest
+from tqdm_seg.data.label_maps import (
+    CITYSCAPES,
+    GTA5,
+    MAPILLARY,
+    ORFD,
+    RUGD_COLOURS,
+    STREET_CLASSES,
+    SYNTHIA,
+    TRAIN_IDS,
+    LabelMap,
+)
+from tqdm_seg.data.shards import check_same_labels, read_manifest
 
 EXAMPLES = example("orfd_mini").parent
 # One colour for every index: whoever reads colours loses the ids.
@@ -144,6 +154,73 @@ def test_gta5_official_split_is_read_from_the_download(tmp_path, monkeypatch):
         "00001": "validation", "00002": "train", "12160": "train",
     }  # fmt: skip
     assert manifest["skipped"] == {"in no list of the official split": ["images/00009.png"]}
+
+
+def coloured(path: Path, colours: list[tuple[int, int, int]]) -> None:
+    """A palette mask of one row of these colours."""
+    save(path, [range(len(colours))], [value for colour in colours for value in colour])
+
+
+def test_ycor_holds_its_last_frames_back_in_both_layouts(tmp_path):
+    trail, grass, sky, background = (178, 176, 153), (128, 255, 0), (1, 88, 255), (255, 255, 255)
+    for folder, number in (("train", 2), ("train", 10), ("train", 700), ("valid", 839)):
+        frame = tmp_path / "in/yamaha_v0" / folder / f"iid{number:06d}"
+        photo(frame / "rgb.jpg", 1, 4)
+        coloured(frame / "labels.png", [trail, grass, sky, background])
+    splits = {"iid000002": "train", "iid000010": "train", "iid000700": "validation", "iid000839": "test"}
+    expected = {"names": [0, 1, 7, 255], "trail_only": [1, 0, 0, 255], "with_grass": [1, 1, 0, 255]}
+    for choice, labels in expected.items():
+        make("ycor", tmp_path / "in", tmp_path / choice, "--hold-out-last", 1, "--map", choice)
+        rows = stored(tmp_path / choice)
+        assert {key.split("/")[-2]: row["split"] for key, row in rows.items()} == splits
+        assert all(row["labels"].tolist() == [labels] for row in rows.values())
+    for name in ("0000", "0001", "0002"):
+        photo(tmp_path / f"plain/train/images/{name}.jpg", 1, 4)
+        save(tmp_path / f"plain/train/masks/{name}.png", [[0, 1, 7, 255]])
+    make("ycor", tmp_path / "plain", tmp_path / "out", "--hold-out-last", 1, "--map", "with_grass")
+    rows = stored(tmp_path / "out")
+    assert [rows[key]["split"] for key in sorted(rows)] == ["train", "train", "validation"]
+    assert all(row["labels"].tolist() == [[1, 1, 0, 255]] for row in rows.values())
+    with pytest.raises(ValueError, match="--hold-out-last 3 of 3 frames"):
+        make("ycor", tmp_path / "plain", tmp_path / "none", "--hold-out-last", 3)
+
+
+def test_rugd_in_its_three_layouts_with_scenes_from_the_names(tmp_path):
+    colours = [(108, 64, 20), (0, 102, 0), (114, 85, 47), (0, 0, 0)]  # dirt, grass, picnic table, void
+    original, sample, plain = (tmp_path / name for name in ("original", "sample", "plain"))
+    for scene in ("creek", "trail-3"):
+        name = f"{scene}_00001"
+        photo(original / f"RUGD_frames-with-annotations/{scene}/{name}.png", 1, 4)
+        coloured(original / f"RUGD_annotations/{scene}/{name}.png", colours)
+        photo(sample / f"images/{name}.png", 1, 4)
+        coloured(sample / f"annotations/{name}.png", colours)
+        photo(plain / f"test/images/{name}.jpg", 1, 4)
+        save(plain / f"test/masks/{name}.png", [[1, 3, 24, 0]])
+    lines = "".join(f"{i} {name} {r} {g} {b}\n" for i, (name, (r, g, b)) in enumerate(
+        {"void": (0, 0, 0), **RUGD_COLOURS, "container/generic-object": RUGD_COLOURS["container"]}.items()
+    ) if name != "container")  # fmt: skip
+    (original / "RUGD_annotations/RUGD_annotation-colormap.txt").write_text(lines)
+    expected = {"names": [0, 2, 23, 255], "trail_only": [1, 0, 0, 255], "with_grass": [1, 1, 0, 255]}
+    for root in (original, sample, plain):
+        for choice, labels in expected.items():
+            out = tmp_path / f"{root.name}_{choice}"
+            make("rugd", root, out, "--map", choice)
+            rows = list(stored(out).values())
+            assert sorted((row["split"], row["scene"]) for row in rows) == [("test", "creek"), ("test", "trail-3")]
+            assert all(row["labels"].tolist() == [labels] for row in rows)
+    (original / "RUGD_annotations/RUGD_annotation-colormap.txt").write_text(lines.replace("108 64 20", "109 64 20"))
+    with pytest.raises(ValueError, match="RUGD_annotation-colormap.txt has other colours"):
+        make("rugd", original, tmp_path / "other")
+
+
+def test_decisions_on_what_is_traversable_are_not_mixed(tmp_path):
+    manifests = [
+        {"dataset": name, "classes": ["a", "b"], "label_map": {"name": f"{name}/traversable_{choice}", "sha256": ""}}
+        for name, choice in (("ycor", "trail_only"), ("rugd", "trail_only"), ("other", "with_grass"))
+    ]
+    check_same_labels(manifests[:2])
+    with pytest.raises(ValueError, match="ycor was prepared as traversable_trail_only, other as"):
+        check_same_labels(manifests)
 
 
 def test_robustnet_lists_are_whole():

@@ -20,7 +20,7 @@ class Command(NamedTuple):
     summary: str
 
 
-SOURCES = ("acdc", "bdd100k", "cityscapes", "folder", "gta5", "mapillary", "orfd", "road3d", "synthia")
+SOURCES = ("acdc", "bdd100k", "cityscapes", "folder", "gta5", "mapillary", "orfd", "road3d", "rugd", "synthia", "ycor")
 COMMANDS = {
     "train": Command("training.options:TrainOptions", "train:train", "train a model"),
     "predict": Command("deploy.options:PredictOptions", "deploy.predict:predict", "segment images and videos"),

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from .images import decode_image, decode_unchanged
+from .options import OffRoadMap
 
 IGNORE_INDEX = 255
 
@@ -246,3 +247,50 @@ ORFD = {
         "(unreachable: sky) is ignored, unlike in published scores",
     ),
 }  # fmt: skip
+
+# Off-road classes in the order of their ids, with the colours of the original masks (YCOR: palette; RUGD: its
+# RUGD_annotation-colormap.txt). YCOR's white is background, RUGD's first colour void: both are ignored.
+YCOR_COLOURS = {
+    "smooth trail": (178, 176, 153), "traversable grass": (128, 255, 0), "rough trail": (156, 76, 30),
+    "puddle": (255, 0, 128), "obstacle": (255, 0, 0), "non-traversable low vegetation": (0, 160, 0),
+    "high vegetation": (40, 80, 0), "sky": (1, 88, 255),
+}  # fmt: skip
+RUGD_COLOURS = {
+    "dirt": (108, 64, 20), "sand": (255, 229, 204), "grass": (0, 102, 0), "tree": (0, 255, 0), "pole": (0, 153, 153),
+    "water": (0, 128, 255), "sky": (0, 0, 255), "vehicle": (255, 255, 0), "container": (255, 0, 127),
+    "asphalt": (64, 64, 64), "gravel": (255, 128, 0), "building": (255, 0, 0), "mulch": (153, 76, 0),
+    "rock-bed": (102, 102, 0), "log": (102, 0, 0), "bicycle": (0, 255, 128), "person": (204, 153, 255),
+    "fence": (102, 0, 204), "bush": (255, 153, 204), "sign": (0, 102, 102), "rock": (153, 204, 255),
+    "bridge": (102, 255, 255), "concrete": (101, 101, 11), "picnic-table": (114, 85, 47),
+}  # fmt: skip
+# What a robot may drive on: trails and other hard or bare ground, or grass as well.
+TRAVERSABLE = {
+    "trail_only": ("smooth trail", "rough trail", "dirt", "sand", "asphalt", "gravel", "mulch", "concrete"),
+    "with_grass": ("smooth trail", "rough trail", "dirt", "sand", "asphalt", "gravel", "mulch", "concrete",
+                   "traversable grass", "grass"),
+}  # fmt: skip
+
+
+def off_road_map(dataset: Literal["ycor", "rugd"], choice: OffRoadMap, reading: Reading) -> LabelMap:
+    """YCOR's or RUGD's own names, or traversable or not under one of two decisions.
+
+    reading: "colours" of the original masks; "values": ids, YCOR's from 0 with 255 ignored, RUGD's from 1 with 0 void.
+    """
+    colours, void = (YCOR_COLOURS, (255,) * 3) if dataset == "ycor" else (RUGD_COLOURS, (0,) * 3)
+    new = dict(zip(colours, range(len(colours)), strict=True))
+    if choice != "names":
+        new = {name: int(name in TRAVERSABLE[choice]) for name in colours}
+    if reading == "colours":
+        values = [int.from_bytes(bytes(colour), "big") for colour in (*colours.values(), void)]
+    else:
+        values = [*range(8), IGNORE_INDEX] if dataset == "ycor" else [*range(1, 25), 0]
+    table = [*zip(values, [*new.values(), IGNORE_INDEX], strict=True)]
+    if reading == "values" and dataset == "rugd":
+        table.append((IGNORE_INDEX, IGNORE_INDEX))
+    kind = dataset if reading == "colours" else f"{dataset}_ids"
+    yes = ", ".join(name for name in colours if choice != "names" and new[name])
+    policy = f"traversable: {yes}; all else is not" if yes else f"the {len(colours)} classes of the dataset"
+    ignored = "background" if dataset == "ycor" else "void"
+    classes = tuple(colours) if choice == "names" else OFFROAD_CLASSES
+    name = choice if choice == "names" else f"traversable_{choice}"
+    return LabelMap(f"{kind}/{name}", classes, reading, tuple(table), f"{policy}; {ignored} is ignored")

@@ -1,6 +1,7 @@
 """Options of the programs that prepare, check and audit datasets."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,11 @@ from ..program import names, option
 
 # Those that this process may use: a job on a cluster, or under taskset, is given a part.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+OffRoadMap = Literal["names", "trail_only", "with_grass"]
+_OFF_ROAD_HELP = (
+    "names: the dataset's classes (default); trail_only: traversable are trails and other bare or hard ground; "
+    "with_grass: grass, too. Sets under different decisions are refused together"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +140,29 @@ class FolderOptions(PrepareOptions):
         help="make a validation split of the scenes or images that this file names, one per line",
     )
 
+    scene: str | None = option(
+        None,
+        group="which frames",
+        metavar="REGEX",
+        help="the scene of a frame is what this finds in its path under ROOT, without suffix, or its first group: "
+        "'(.+)_' makes trail-3 of trail-3_02001 (default: the folder)",
+    )
+    scene_seconds: int | None = option(
+        None,
+        group="which frames",
+        metavar="N",
+        help="cut drives whose frames are named by milliseconds (13 digits) into scenes of N seconds, for intervals "
+        "within one drive",
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if self.scene_seconds is not None and self.scene_seconds < 1:
+            raise ValueError(f"--scene-seconds {self.scene_seconds} must be 1 or more")
+        try:
+            re.compile(self.scene or "")
+        except re.error as error:
+            raise ValueError(f"--scene {self.scene} is no regular expression ({error})") from error
         if not 0 <= self.tolerance <= 255:
             raise ValueError(f"--tolerance {self.tolerance} is not between 0 and 255")
         if self.seed < 0:
@@ -214,6 +241,21 @@ class Road3dOptions(OrfdOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RugdOptions(PrepareOptions):
+    """RUGD (Robot Unstructured Ground Driving) to shards. All frames are test; the scene is the name's beginning.
+
+    ROOT/RUGD_frames-with-annotations/creek/creek_00001.png    RGB
+    ROOT/RUGD_annotations/creek/creek_00001.png                colours of RUGD_annotation-colormap.txt
+    ROOT/images/creek_00001.png, ROOT/annotations/...          the sample download: the same without folders of scenes
+    ROOT/test/images/creek_00001.jpg, ROOT/test/masks/...      8-bit PNGs of the ids 1 to 24, 0 void
+
+    No licence was found: measure on it, keep the folder and every image from it private.
+    """
+
+    map: OffRoadMap = option("names", help=_OFF_ROAD_HELP)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SynthiaOptions(PrepareOptions):
     """SYNTHIA-RAND-CITYSCAPES to shards.
 
@@ -226,6 +268,30 @@ class SynthiaOptions(PrepareOptions):
     splits: Literal["robustnet", "none"] = option(
         "robustnet", help="robustnet: its lists of 6,580 and 2,820 (default); none: all frames are train"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class YcorOptions(PrepareOptions):
+    """YCOR (Yamaha-CMU Off-Road) to shards. train without its last frames, these as validation, valid as test.
+
+    ROOT/train/iid000000/rgb.jpg        and valid/; ROOT may also be the folder that holds yamaha_v0/
+    ROOT/train/iid000000/labels.png     palette PNG of nine colours, white is background and ignored
+    ROOT/train/images/0000.jpg          or plain: ROOT/train/masks/0000.png holds the ids 0 to 7, 255 ignored
+
+    The last 94 of its 931 training frames in file order show another place (8 % trail instead of 34 %): held back,
+    they say when a training on the others stops gaining.
+    No licence was found: measure on it, keep the folder and every image from it private.
+    """
+
+    map: OffRoadMap = option("names", help=_OFF_ROAD_HELP)
+    hold_out_last: int = option(
+        94, metavar="N", help="training frames, last in file order, that become validation (default: %(default)s)"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hold_out_last < 0:
+            raise ValueError(f"--hold-out-last {self.hold_out_last} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

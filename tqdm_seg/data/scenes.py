@@ -8,6 +8,7 @@ months, so neither is ever derived from the other.
 
 import re
 from calendar import isleap
+from collections.abc import Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ _RECORDING = re.compile(r"[a-z]?(?:((?:19|20)\d\d)[_-])?(\d\d)(\d\d)[_-](\d\d)(\
 # Almost a time (a digit too many, a capital letter, a count behind it) is a slip of the pen, not another naming: it
 # must not pass for a name without a time, which nothing would be compared with.
 _ALMOST_RECORDING = re.compile(r"[A-Za-z]?\d{3,5}[_-]\d{3,5}(?!\d).*")
+# A part of a drive, cut by time: 4s-007 is its eighth block of four seconds.
+_BLOCK = re.compile(r"(?:(.*)/)?(\d+)s-\d+")
 # 13 digits without leading zeros: milliseconds since 1970, of a moment after September 2001.
 _STAMP = re.compile(r"[1-9]\d{12}")
 
@@ -90,3 +93,26 @@ def minutes_apart(first: RecordingTime, second: RecordingTime) -> float:
 def frame_stamp(name: str) -> int | None:
     """Milliseconds since 1970 of a frame that is named by them (13 digits, no suffix), else None."""
     return int(name) if _STAMP.fullmatch(name) else None
+
+
+def time_block(name: str, first: int, seconds: int, scene: str = "") -> str:
+    """Scene "4s-007" of a frame named by its stamp: which block of so many seconds, counted from the stamp `first`.
+
+    scene: of the frame, which goes in front. Raises ValueError for a name that is no stamp.
+    """
+    stamp = frame_stamp(name)
+    if stamp is None:
+        raise ValueError(f"{name!r} is no time stamp of 13 digits (milliseconds); leave out --scene-seconds")
+    block = f"{seconds}s-{(stamp - first) // (1000 * seconds):03d}"
+    return f"{scene}/{block}" if scene else block
+
+
+def clusters_text(scenes: Sequence[str]) -> str:
+    """What the scenes of a set are: '18 scenes', '14 blocks of 4 s within one drive', 'one place, no scenes'."""
+    names = sorted({*scenes} - {""})
+    blocks = [match for name in names if (match := _BLOCK.fullmatch(name))]
+    if names and len(blocks) == len(names):
+        drives = len({match[1] for match in blocks})
+        where = "one drive" if drives == 1 else f"{drives} drives"
+        return f"{len(names)} block{'s' * (len(names) > 1)} of {blocks[0][2]} s within {where}"
+    return "one place, no scenes" if len(names) < 2 else f"{len(names)} scenes"

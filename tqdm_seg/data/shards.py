@@ -345,6 +345,7 @@ def shard_name(split: str, number: int, total: int) -> str:
 def check_same_labels(manifests: Sequence[dict[str, Any]]) -> None:
     """Raises ValueError unless all datasets have the same classes, and one variant of every kind of label map."""
     variants: dict[str, dict[str, Any]] = {}
+    decisions: dict[str, tuple[str, str]] = {}
     for manifest in manifests:
         first = manifests[0]
         if manifest["classes"] != first["classes"]:
@@ -359,3 +360,11 @@ def check_same_labels(manifests: Sequence[dict[str, Any]]) -> None:
                 f"{manifest['dataset']} was prepared under the label maps {other['name']} and {label_map['name']}; "
                 "scores and models under one cannot be compared with the other's: prepare all with one"
             )
+        decision = label_map["name"].split("/")[-1]
+        if decision.startswith("traversable_"):  # over datasets, too
+            before = decisions.setdefault("traversable", (decision, manifest["dataset"]))
+            if decision != before[0]:
+                raise ValueError(
+                    f"{before[1]} was prepared as {before[0]}, {manifest['dataset']} as {decision}; other ground is "
+                    "traversable in them: prepare all with one --map"
+                )

@@ -8,6 +8,7 @@ if __name__ == "__main__":
     sys.exit(start("prepare folder"))
 
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..label_maps import LabelMap
 from ..options import FolderOptions
 from ..pairs import hold_out, hold_out_listed, read_pairs
 from ..prepare import Pair, Source, first_folder, make_dataset
+from ..scenes import frame_stamp, time_block
 
 MASK_SUFFIXES = (".png", ".tif", ".tiff", ".bmp")
 # Folders of images and of masks that lie next to each other. The first pair is RELLIS-3D's, "image_data" ORFD's.
@@ -98,9 +100,32 @@ def choose_pairs(options: FolderOptions) -> list[Pair]:
         pairs = [pair for path in options.pairs for pair in read_pairs(path, images, masks)]
     else:
         pairs = scan(images, masks, options.mask_suffix, options.folders)
+    pairs = with_scenes(pairs, images, options.scene, options.scene_seconds)
     if options.hold_out is not None:
         return hold_out(pairs, images, options.hold_out, options.seed)
     return hold_out_listed(pairs, images, options.hold_out_scenes) if options.hold_out_scenes else pairs
+
+
+def with_scenes(pairs: Sequence[Pair], images: Path, pattern: str | None, seconds: int | None) -> list[Pair]:
+    """The pairs with scenes found in their names, or of so many seconds; ValueError for a name that has none."""
+    if pattern is not None:
+        pairs = [pair._replace(scene=_scene_in(pair.image.relative_to(images), pattern)) for pair in pairs]
+    if seconds is not None:
+        firsts: dict[str, int] = {}
+        for pair in pairs:
+            stamp = frame_stamp(pair.image.stem) or 0  # other names are refused below
+            firsts[pair.scene] = min(stamp, firsts.get(pair.scene, stamp))
+        pairs = [
+            pair._replace(scene=time_block(pair.image.stem, firsts[pair.scene], seconds, pair.scene)) for pair in pairs
+        ]
+    return list(pairs)
+
+
+def _scene_in(image: Path, pattern: str) -> str:
+    match = re.search(pattern, image.with_suffix("").as_posix())
+    if match is None or not (scene := match[1] if match.re.groups else match[0]):
+        raise ValueError(f"--scene {pattern} finds nothing in {image}; give an expression that fits every frame")
+    return scene
 
 
 def _masks_hold(pairs: Iterable[Pair]) -> Literal["ids", "colours"]:

@@ -1,0 +1,11 @@
+"""YCOR to shards: `tqdm-seg prepare ycor`, here for a checkout that is not installed."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tqdm_seg.commands import start
+
+if __name__ == "__main__":
+    sys.exit(start("prepare ycor"))
