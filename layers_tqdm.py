@@ -1,4 +1,5 @@
-"""Layers of towers and decoders: multi-head attention through transformers' interface, feed-forward, base class.
+"""Layers of towers and decoders: multi-head attention through transformers' interface, feed-forward, base class; and
+the checks before a forward pass.
 
 Letters: B batch, Q queries, N keys, C width, K classes.
 """
@@ -15,6 +16,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from transformers.utils import is_tracing, logging
+
+logger = logging.get_logger(__name__)
 
 
 def make_vector(values: Sequence[float], device: torch.device) -> Tensor:
@@ -25,6 +29,43 @@ def make_vector(values: Sequence[float], device: torch.device) -> Tensor:
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resize of maps (B, C, h, w)."""
     return F.interpolate(maps, size, mode="bilinear", align_corners=False)
+
+
+def check_images(pixel_values: Any, channels: int) -> None:
+    """Raises ValueError, saying what came, unless this is a batch (B, channels, H, W) of normalised, finite images.
+
+    Values are looked at where that costs nothing: in the host's memory, while no graph is traced.
+    """
+    if not isinstance(pixel_values, Tensor):
+        came = f"a {type(pixel_values).__name__}"
+    elif pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.numel():
+        came = f"a tensor {tuple(pixel_values.shape)}"
+    elif not pixel_values.is_floating_point():
+        came = f"a tensor of {pixel_values.dtype}"
+    elif pixel_values.is_cpu and not is_tracing(pixel_values) and not pixel_values.isfinite().all():
+        came = "NaN or inf"
+    else:
+        return
+    raise ValueError(
+        f"pixel_values must be normalised images, a float tensor (batch, {channels}, height, width), not {came}; the "
+        "image processor makes it"
+    )
+
+
+def check_names(config: PreTrainedConfig) -> None:
+    """Raises ValueError where `id2label` of a model was edited, and its weights do not follow."""
+    shown = config.display_names or {}
+    if list(config.id2label.values()) != [shown.get(text, text) for text in config.query_texts]:
+        config.check_rows()
+
+
+def warn_untrained(config: PreTrainedConfig) -> None:
+    """Warns, once, of predictions of a model that is not trained."""
+    if not config.trained and not is_tracing():
+        logger.warning_once(
+            "this model is the start of a training: its predictions mean nothing. Train it first, or, if it is "
+            "trained, set config.trained = True and save it"
+        )
 
 
 class TqdmBaseModel(PreTrainedModel):

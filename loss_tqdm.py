@@ -39,8 +39,8 @@ def count_losses(
     )
 
 
-def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """The labels as int64. Raises ValueError for other types than integers, another size, and ids that are no class.
+def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Raises ValueError for labels of other types than integers, of another size, and with ids that are no class.
 
     On a GPU an assertion on the device checks the ids, so that the host does not wait.
     """
@@ -55,7 +55,7 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
             "them with the images (nearest neighbour)"
         )
     if torch.compiler.is_compiling():
-        return labels
+        return
     known = ((labels >= 0) & (labels < num_classes) | (labels == ignore_index)).all()
     message = f"labels must be 0 ... {num_classes - 1} (id2label) or {ignore_index} (ignored)"
     if labels.is_cuda:
@@ -63,7 +63,6 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
     elif not known:
         unknown = [i for i in labels.unique().tolist() if i != ignore_index and not 0 <= i < num_classes]
         raise ValueError(f"{message}, but hold {str(unknown)[:60]}; map these ids, or add the classes to id2label")
-    return labels
 
 
 def check_embedding(name: str, value: Tensor | None, expected: Tensor) -> None:
@@ -185,6 +184,16 @@ def dice_loss(point_logits: Tensor, targets: Tensor, num_masks: Tensor) -> Tenso
     p = point_logits.sigmoid()
     dice = 1 - (2 * (p * targets).sum(-1) + 1) / (p.sum(-1) + targets.sum(-1) + 1)  # (L, M)
     return dice.sum(-1) / num_masks
+
+
+def name_layers(**losses: Tensor) -> dict[str, Tensor]:
+    """Losses (L) by name -> scalars: "name" of the last layer, "name_0" of the bare queries, and so on; last first."""
+    last = len(next(iter(losses.values()))) - 1
+    return {
+        name if layer == last else f"{name}_{layer}": values[layer]
+        for layer in range(last, -1, -1)
+        for name, values in losses.items()
+    }
 
 
 def textual_loss(text_embeddings: Tensor, reference: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ M supervised masks.
 """
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,13 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_tqdm import TqdmVisionModel, VisionBlock
 from .configuration_tqdm import TqdmConfig, listed
 from .decoder_tqdm import MaskDecoder, PixelDecoder
-from .layers_tqdm import AttentionWeights, TqdmBaseModel, make_vector, resize
+from .layers_tqdm import (
+    AttentionWeights,
+    TqdmBaseModel,
+    check_images,
+    check_names,
+    make_vector,
+    resize,
+    warn_untrained,
+)
 from .loss_tqdm import (
     LossCounts,
     check_embedding,
@@ -41,6 +50,7 @@ from .loss_tqdm import (
     dice_loss,
     mask_loss,
     mix_bits,
+    name_layers,
     sample_labels,
     sample_logits,
     score_map_loss,
@@ -49,7 +59,7 @@ from .loss_tqdm import (
     visual_loss,
 )
 from .text_tqdm import TextualQueries
-from .windows_tqdm import Segmenter, check_images
+from .windows_tqdm import Segmenter
 
 # Registers the class with `pipeline("image-segmentation")`, which otherwise reports it as unsupported.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.setdefault("tqdm", "TqdmForSemanticSegmentation")
@@ -292,10 +302,9 @@ class TqdmModel(TqdmPreTrainedModel):
         all_layers=False: only the last layer's predictions, which are all that inference needs.
         output_hidden_states, output_attentions: of the vision tower, recorded by transformers.
         """
-        check_images(pixel_values, self.config)
-        features, tokens = self.vision_tower(
-            pixel_values, output_attentions=output_attentions
-        )  # 4 x (B, D, h, w), (B, 1 + N, E)
+        check_images(pixel_values, self.config.vision_config.num_channels)
+        # 4 x (B, D, h, w), (B, 1 + N, E)
+        features, tokens = self.vision_tower(pixel_values, output_attentions=output_attentions)
         text = self.text_queries(tokens, encoded_text)  # (B, K, E)
         pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
         class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid, all_layers)
@@ -370,41 +379,40 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         Raises ValueError, naming the argument, for images that are no normalised batch (B, 3, H, W) or under two
         patches a side, and for labels of another size, type, or unknown ids.
         """
-        check_images(pixel_values, self.config)
-        height, width = pixel_values.shape[-2:]
+        config, (height, width) = self.config, self._check_inputs(pixel_values, labels)
+        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         if use_windows is None:
-            use_windows = labels is None and not self.training and self.config.exceeds_window(height, width)
+            predicts = labels is None and not self.training
+            use_windows = predicts and max(height, width) > (config.window_size or math.inf)
         if use_windows:
-            if output_hidden_states or output_attentions:
+            if any(recorded.values()):
                 raise ValueError("windows have no hidden states of the whole image; pass use_windows=False")
             return TqdmSemanticSegmenterOutput(logits=self.window_scores(pixel_values))
 
-        if labels is not None:
-            labels = check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
-            all_layers = True
-        self.note_mode(labels)
-        recorded = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         recorded = {name: value for name, value in recorded.items() if value is not None}  # else the configuration's
-        all_layers = self.training if all_layers is None else all_layers
+        all_layers = labels is not None or (self.training if all_layers is None else all_layers)
         outputs = self.model(pixel_values, all_layers=all_layers, return_dict=True, **recorded)
-        terms = None
+        loss = losses = None
         if labels is not None:
-            terms = self.compute_losses(
-                outputs,
-                labels,
-                mask_index,
-                reference_image_embedding,
-                reference_text_embedding,
-                loss_counts,
+            losses = self.compute_losses(
+                outputs, labels.long(), mask_index, reference_image_embedding, reference_text_embedding, loss_counts,
                 sample_seeds,
-            )
+            )  # fmt: skip
+            loss = torch.stack(list(losses.values())).sum()
         logits = self._scores(outputs, height, width) if output_logits else None
-        return TqdmSemanticSegmenterOutput(
-            loss=None if terms is None else torch.stack(list(terms.values())).sum(),
-            logits=logits,
-            losses=terms,
-            **outputs,
-        )
+        return TqdmSemanticSegmenterOutput(loss=loss, logits=logits, losses=losses, **outputs)
+
+    def _check_inputs(self, pixel_values: Tensor, labels: Tensor | None) -> tuple[int, int]:
+        """Checks images and labels; returns height and width. A training step makes the model a trained one."""
+        check_images(pixel_values, self.config.vision_config.num_channels)
+        check_names(self.config)
+        if labels is None:
+            warn_untrained(self.config)
+        else:
+            check_labels(labels, pixel_values, self.config.num_labels, self.config.ignore_index)
+            if self.training and not self.config.trained and not is_tracing():
+                self.config.trained = True
+        return pixel_values.shape[-2:]
 
     def compute_losses(
         self,
@@ -422,59 +430,68 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         loss_class, loss_mask and loss_dice belong to the last layer, loss_class_0 ... to the bare queries and the
         layers before it. points (L, M, P, 2), x, y in 0 ... 1, replace the random ones.
         """
-        config = self.config
-        height, width = labels.shape[-2:]
-        rows, columns = self.model.vision_tower.padded_size(height, width)
+        config, covered = self.config, self.model.vision_tower.padded_size(*labels.shape[-2:])
         if mask_index is None:
             mask_index = supervised_masks(labels, config.num_labels, config.ignore_index)
         if reference_text_embedding is None:
             reference_text_embedding = self.model.text_queries.encode_reference()
-
-        for name, value, expected in (
-            ("reference_image_embedding", reference_image_embedding, outputs.image_embedding),
-            ("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0]),
-        ):
-            check_embedding(name, value, expected)
+        check_embedding("reference_image_embedding", reference_image_embedding, outputs.image_embedding)
+        check_embedding("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0])
         check_mask_index(mask_index, len(labels), config.num_labels)
+        counts = loss_counts
+        if counts is None:
+            counts = count_losses(
+                mask_index, labels, config.num_labels, config.no_object_weight, config.score_map_loss_over,
+                config.ignore_index,
+            )  # fmt: skip
+
+        # The mask decoder's: (L) of every kind.
+        point_logits, targets = self._sample_masks(
+            outputs.mask_logits, labels, mask_index, covered, sample_seeds, points
+        )  # (L, M, P) each
+        num_masks = counts.masks.clamp(min=1)
+        by_class = class_loss(outputs.class_logits, mask_index, config.no_object_weight, counts.class_weight)
+        terms = name_layers(
+            loss_class=config.class_loss_weight * by_class,
+            loss_mask=config.mask_loss_weight * mask_loss(point_logits, targets, num_masks),
+            loss_dice=config.dice_loss_weight * dice_loss(point_logits, targets, num_masks),
+        )
+
+        # The three regularisers: equations 5 to 7.
+        textual = textual_loss(outputs.text_embeddings, reference_text_embedding)
+        terms["loss_textual"] = config.textual_loss_weight * textual
+        if reference_image_embedding is not None:
+            visual = visual_loss(outputs.image_embedding, reference_image_embedding)
+            terms["loss_visual"] = config.visual_loss_weight * visual
+        terms["loss_score_map"] = config.score_map_loss_weight * score_map_loss(
+            outputs.score_map, labels, covered, config.score_map_temperature, config.ignore_index,
+            counts.labelled.clamp(min=1),
+        )  # fmt: skip
+        return terms
+
+    def _sample_masks(
+        self,
+        mask_logits: Tensor,
+        labels: Tensor,
+        mask_index: Tensor,
+        covered: tuple[int, int],
+        sample_seeds: Tensor | None,
+        points: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and labels in 0 ... 1, (L, M, P) each, of the supervised masks at `points`, by default random ones.
+
+        mask_logits (B, L, K, h, w) cover `covered` (rows, columns) pixels, of which labels (B, H, W) are the top left.
+        """
+        config, (rows, columns), (height, width) = self.config, covered, labels.shape[-2:]
         image, wanted = mask_index.unbind(-1)
-        mask_logits = outputs.mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
+        mask_logits = mask_logits[image, :, wanted].transpose(0, 1).float()  # (L, M, h, w)
         extent = make_vector((width / columns, height / rows), mask_logits.device)
         if points is None:
             seeds = None if sample_seeds is None else mix_bits(sample_seeds)[image] + wanted.int()
             points = choose_points(
                 mask_logits, extent, config.num_points, config.oversample_ratio, config.importance_sample_ratio, seeds
             )
-        point_logits = sample_logits(mask_logits, points * extent)  # (L, M, P)
-        targets = sample_labels(labels, mask_index, points)  # (L, M, P)
-        if loss_counts is None:
-            loss_counts = count_losses(
-                mask_index, labels, config.num_labels, config.no_object_weight, config.score_map_loss_over,
-                config.ignore_index,
-            )  # fmt: skip
-        num_masks, num_pixels = loss_counts.masks.clamp(min=1), loss_counts.labelled.clamp(min=1)
-        layered = {
-            "loss_class": config.class_loss_weight
-            * class_loss(outputs.class_logits, mask_index, config.no_object_weight, loss_counts.class_weight),
-            "loss_mask": config.mask_loss_weight * mask_loss(point_logits, targets, num_masks),
-            "loss_dice": config.dice_loss_weight * dice_loss(point_logits, targets, num_masks),
-        }
-        last = outputs.class_logits.shape[1] - 1
-        terms = {
-            name if i == last else f"{name}_{i}": values[i]
-            for i in range(last, -1, -1)
-            for name, values in layered.items()
-        }
-        terms["loss_textual"] = config.textual_loss_weight * textual_loss(
-            outputs.text_embeddings, reference_text_embedding
-        )
-        if reference_image_embedding is not None:
-            terms["loss_visual"] = config.visual_loss_weight * visual_loss(
-                outputs.image_embedding, reference_image_embedding
-            )
-        terms["loss_score_map"] = config.score_map_loss_weight * score_map_loss(
-            outputs.score_map, labels, (rows, columns), config.score_map_temperature, config.ignore_index, num_pixels
-        )
-        return terms
+        return sample_logits(mask_logits, points * extent), sample_labels(labels, mask_index, points)
 
     def _scores(self, outputs: TqdmModelOutput, height: int, width: int) -> Tensor:
         """Scores (B, K, height, width) of the last layer, without the padding of the last patches."""

@@ -1,4 +1,4 @@
-"""Inference on images of any size: sliding windows, test-time augmentation, class ids; and the check of what comes in.
+"""Inference on images of any size: sliding windows, test-time augmentation, class ids.
 
 Letters: B batch, K classes, H, W image, h, w window or result.
 """
@@ -8,37 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
-from transformers.utils import logging
 
 from .configuration_tqdm import TqdmConfig, quote
-from .layers_tqdm import resize
-
-logger = logging.get_logger(__name__)
-
-
-def check_images(pixel_values: Any, config: TqdmConfig) -> None:
-    """Raises ValueError, saying what came, unless this is a batch (B, 3, H, W) of normalised, finite images."""
-    channels = config.vision_config.num_channels
-    if not isinstance(pixel_values, Tensor):
-        came = f"a {type(pixel_values).__name__}"
-    elif pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.numel():
-        came = f"a tensor {tuple(pixel_values.shape)}"
-    elif not pixel_values.is_floating_point():
-        came = f"a tensor of {pixel_values.dtype}"
-    elif pixel_values.device.type == "cpu" and not is_traced() and not pixel_values.isfinite().all():
-        came = "NaN or inf"
-    else:
-        return
-    raise ValueError(
-        f"pixel_values must be normalised images, a float tensor (batch, {channels}, height, width), not {came}; the "
-        "image processor makes it"
-    )
-
-
-def is_traced() -> bool:
-    """True while a graph is traced or in FakeTensor mode, where values are unknown."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+from .layers_tqdm import check_images, check_names, resize, warn_untrained
 
 
 def window_corners(height: int, width: int, size: int, stride: int) -> list[tuple[int, int]]:
@@ -48,6 +20,19 @@ def window_corners(height: int, width: int, size: int, stride: int) -> list[tupl
         for n in (height, width)
     )
     return [(row, column) for row in rows for column in columns]
+
+
+def count_windows(
+    corners: list[tuple[int, int]], image: tuple[int, int], window: tuple[int, int], device: torch.device
+) -> Tensor:
+    """How many windows lie over every pixel (H, W) of an image; sizes are (height, width)."""
+    hits = []
+    for positions, length, side in zip(map(set, zip(*corners, strict=True)), image, window, strict=True):
+        counts = torch.zeros(length, device=device)
+        for start in positions:
+            counts[start : start + side] += 1
+        hits.append(counts)
+    return hits[0][:, None] * hits[1]
 
 
 def slide_strips(
@@ -66,12 +51,7 @@ def slide_strips(
     batch, _, height, width = pixel_values.shape
     rows, columns = min(window_size, height), min(window_size, width)
     corners = window_corners(height, width, window_size, window_stride)
-    row_hits, column_hits = torch.zeros(2, max(height, width), device=pixel_values.device).unbind()
-    for y in {y for y, _ in corners}:
-        row_hits[y : y + rows] += 1
-    for x in {x for _, x in corners}:
-        column_hits[x : x + columns] += 1
-    hits = row_hits[:height, None] * column_hits[:width]  # (H, W)
+    hits = count_windows(corners, (height, width), (rows, columns), pixel_values.device)  # (H, W)
     along = longer_side(pixel_values)
     corners.sort(key=lambda corner: corner[along])
     base = begin = 0  # positions on the longer side: where `scores` begins, and what is not finished
@@ -234,7 +214,7 @@ class Segmenter:
                 "segment() got an empty list as views; pass pixel_values, or the same images at several scales"
             )
         for view in views:
-            check_images(view, self.config)
+            check_images(view, self.config.vision_config.num_channels)
         batches = [len(view) for view in views]
         if len(set(batches)) > 1:
             raise ValueError(
@@ -247,18 +227,6 @@ class Segmenter:
         ):
             raise ValueError(f"size is {quote(size)} and must be (height, width) in pixels")
         self.config.check_windows()
-        self.note_mode()
+        check_names(self.config)
+        warn_untrained(self.config)
         return views
-
-    def note_mode(self, labels: Tensor | None = None) -> None:
-        """A training step makes the model a trained one; predictions of one that is not trained warn, once."""
-        if torch.compiler.is_compiling():
-            return
-        self.config.check_rows()
-        if labels is not None and self.training:
-            self.config.trained = True
-        elif labels is None and not self.config.trained:
-            logger.warning_once(
-                "this model is the start of a training: its predictions mean nothing. Train it first, or, if it is "
-                "trained, set config.trained = True and save it"
-            )

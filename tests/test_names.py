@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
-from tqdm_seg import windows_tqdm
+from tqdm_seg import layers_tqdm
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, TqdmModel
 
@@ -417,7 +417,7 @@ def test_folders_say_whether_they_are_trained(folder, start):
 
 def test_only_predictions_of_a_start_model_warn(folder, start, images, labels, monkeypatch):
     said = []
-    monkeypatch.setattr(windows_tqdm.logger, "warning_once", said.append, raising=False)
+    monkeypatch.setattr(layers_tqdm.logger, "warning_once", said.append, raising=False)
     scores(LOAD(folder), images)
     model = LOAD(start)
     model(images, labels=labels)
