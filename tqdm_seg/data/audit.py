@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -97,6 +97,11 @@ class FrameSet:
     def __post_init__(self):
         self.frames.sort(key=lambda frame: frame.name)
         self.scenes = sorted({*self.scenes, *(frame.scene for frame in self.frames)} - {""})
+
+    @cached_property
+    def hashes(self) -> "Hashes":
+        """Those of its images, made once for any number of comparisons."""
+        return hash_images(self)
 
 
 class Finding(NamedTuple):
@@ -350,7 +355,7 @@ def compare_images(first: FrameSet, second: FrameSet, distance: int, wanted: boo
     missing = without("images", *([f for f in part.frames if f.read is not None] for part in (first, second)))
     if missing:
         return CheckResult(IMAGES, skipped=missing), []
-    sides = hash_images(first), hash_images(second)
+    sides = first.hashes, second.hashes
     result, problems = CheckResult(IMAGES), []
     for part, side in zip((first, second), sides, strict=True):
         problems += [f"{part.source}: {problem}" for problem in side.problems]
@@ -452,6 +457,23 @@ def without(what: str, first: Sequence[object], second: Sequence[object]) -> str
     return f"no {what} in the {' and the '.join(lacking)} set" if lacking else None
 
 
+def make_checks(
+    first: FrameSet, second: FrameSet, minutes: float | None, distance: int, images: bool = True
+) -> tuple[list[CheckResult], list[str]]:
+    """All checks that the two sets allow, their findings sorted, and what was wrong with images."""
+    of_images, problems = compare_images(first, second, distance, images)
+    results = [
+        find_same_scenes(first, second),
+        find_near_scenes(first, second, minutes),
+        find_same_frames(first, second),
+        find_near_frames(first, second, minutes),
+        of_images,
+    ]
+    for result in results:
+        result.findings.sort(key=lambda finding: (finding.amount or 0, finding.first, finding.second))
+    return results, problems
+
+
 # -- the report -----------------------------------------------------------------------------------------
 
 
@@ -465,9 +487,14 @@ def print_report(first: FrameSet, second: FrameSet, results: list[CheckResult]) 
         for text in (result.check.sees, *result.notes):
             print(textwrap.fill(text, 118, initial_indent="  ", subsequent_indent="  "))
         print_findings(result)
+    print(f"\n{verdict(results)}")
+
+
+def verdict(results: list[CheckResult]) -> str:
+    """'LEAKS: near-duplicate images 3', or 'no leak; checked: same frame, ...'."""
     leaks = [f"{result.check.name} {len(result.findings)}" for result in results if result.findings]
     made = [result.check.name for result in results if result.skipped is None]
-    print(f"\nLEAKS: {', '.join(leaks)}" if leaks else f"\nno leak; checked: {', '.join(made)}")
+    return f"LEAKS: {', '.join(leaks)}" if leaks else f"no leak; checked: {', '.join(made)}"
 
 
 def print_findings(result: CheckResult) -> None:
@@ -550,16 +577,7 @@ def audit(options: AuditOptions) -> int:
     if options.json and options.csv and options.json.resolve() == options.csv.resolve():
         raise ValueError(f"--json and --csv name the same file {options.json}; name two")
     first, second = read_set(options.first), read_set(options.second)
-    images, problems = compare_images(first, second, options.distance, wanted=options.images)
-    results = [
-        find_same_scenes(first, second),
-        find_near_scenes(first, second, options.minutes),
-        find_same_frames(first, second),
-        find_near_frames(first, second, options.minutes),
-        images,
-    ]
-    for result in results:
-        result.findings.sort(key=lambda finding: (finding.amount or 0, finding.first, finding.second))
+    results, problems = make_checks(first, second, options.minutes, options.distance, options.images)
     if all(result.skipped for result in results):
         reasons = "; ".join(f"{result.check.name}: {result.skipped}" for result in results)
         raise ValueError(f"{options.first} and {options.second} hold nothing that could be compared. {reasons}")

@@ -18,6 +18,7 @@ from ..evaluation.class_sets import COMMON, members
 from ..evaluation.counts import FrameTable
 from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flatten
 from ..evaluation.metrics import class_iou, group_sums
+from ..evaluation.statistics import Runs, draw, table_totals
 
 
 class Message(NamedTuple):
@@ -290,11 +291,10 @@ def bootstrap(scenes: Iterable[PairedCounts], resamples: int, seed: int) -> Inte
     size = len(counts)
     if resamples < 1 or size < 2:
         return None
-    times = np.random.default_rng(seed).multinomial(size, np.full(size, 1 / size), resamples)  # (N, S)
-    # In float64 for speed: equally exact, as all sums are whole numbers below 2**53.
-    sums = (times.astype(float) @ counts.reshape(size, -1).astype(float)).reshape(resamples, *counts.shape[1:])
-    miou = class_iou(torch.from_numpy(sums))[..., over].nanmean(-1).numpy()  # (N, 2)
-    low, high = np.quantile((miou[:, 1] - miou[:, 0]) * 100, [0.025, 0.975])
+    runs = [Runs(table_totals(counts[None, :, run]), [], over) for run in (0, 1)]
+    draws = draw(size, 1, resamples, seed)
+    (first, second) = (run.miou(draws)[:, 0] for run in runs)  # (N,)
+    low, high = np.quantile((second - first) * 100, [0.025, 0.975])
     return Interval(float(low), float(high), size, resamples, seed)
 
 
