@@ -37,6 +37,7 @@ from tqdm_seg.training.batches import first_now, model_inputs, step_batches
 from tqdm_seg.training.build import build_model, check_sizes, choose_trained, make_accelerator, open_data
 from tqdm_seg.training.chance import Chance, draw_by_sample
 from tqdm_seg.training.checkpoint import load_checkpoint, newest_checkpoint, prune, training_state, write_checkpoint
+from tqdm_seg.training.doctor import alarms, doctor_page
 from tqdm_seg.training.log import Log, RecentLosses, StopSignal
 from tqdm_seg.training.optimisation import (
     convert_batch_norm,
@@ -48,7 +49,6 @@ from tqdm_seg.training.optimisation import (
 )
 from tqdm_seg.training.options import TrainOptions
 from tqdm_seg.training.plan import (
-    absent_text,
     check_folder,
     check_resumable,
     images_per_step,
@@ -68,6 +68,9 @@ def train(options: TrainOptions) -> dict[str, object]:
     Everything is checked before the first file is written. Raises FileExistsError when --out holds a run, ValueError or
     OSError for options, data and models that do not fit.
     """
+    if options.doctor:
+        print(doctor_page(options, *open_data(options)))
+        return {}
     if not options.dry_run:
         check_folder(options.out, options.resume)
     with named_when_full(options.out):
@@ -81,8 +84,8 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     process, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
 
     training, validation = open_data(options)
-    if absent := absent_text(training, validation):
-        accelerator.print(absent)
+    for alarm in alarms(training, validation):
+        accelerator.print(alarm)
     net, processor = build_model(options, training.classes)
     check_sizes(options, net, processor, validation)
     # The teacher has the weights that the run starts from, not those of a checkpoint.

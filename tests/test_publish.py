@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from fractions import Fraction
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import islice
@@ -30,6 +31,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.program import parse
 from tqdm_seg.training.card import changed_options, hub_name, model_card, overlap_text
 from tqdm_seg.training.options import TrainOptions
+from tqdm_seg.training.sets import FrameSets, TrainSet
 
 CLASSES = {0: "non-traversable", 1: "traversable"}
 EXAMPLE = Path(__file__).parents[1] / "examples" / "orfd_mini"
@@ -243,7 +245,7 @@ def test_a_push_that_fails_loses_nothing_and_its_command_pushes_later(hub, tmp_p
 
 
 @pytest.fixture(scope="module")
-def measured() -> tuple[object, dict[str, object], FrameDataset, FrameDataset]:
+def measured() -> tuple[object, dict[str, object], FrameSets, FrameDataset]:
     """A model, what evaluation found on two frames, training and held-back data."""
     model = micro_model(id2label=CLASSES, window_size=None)
     training, validation = (FrameDataset(str(EXAMPLE), split) for split in ("train", "validation"))
@@ -251,7 +253,7 @@ def measured() -> tuple[object, dict[str, object], FrameDataset, FrameDataset]:
     return (
         model,
         score_frames(model, TqdmImageProcessor(), frames, validation.label_map, Accelerator()),
-        training,
+        FrameSets([TrainSet("", training, Fraction(1))]),
         validation,
     )
 
@@ -361,7 +363,12 @@ class Frames(FrameDataset):
     """Scenes of a data set, and nothing else of it."""
 
     def __init__(self, dataset: str, *scenes: str):
-        self.scenes, self.index = list(scenes), SimpleNamespace(manifest={"dataset": dataset})
+        self.scenes, self.classes = list(scenes), ["road"]
+        manifest = {"dataset": dataset, "classes": self.classes, "label_map": {"name": "a", "sha256": ""}}
+        self.index = SimpleNamespace(manifest=manifest)
+
+    def __len__(self) -> int:
+        return len(self.scenes)
 
 
 @pytest.mark.parametrize(
@@ -380,4 +387,6 @@ class Frames(FrameDataset):
     ],
 )
 def test_the_card_claims_of_scenes_what_is_known(training, validation, said):
+    if isinstance(training, Frames):
+        training = FrameSets([TrainSet("", training, Fraction(1))])
     assert said in overlap_text(training, validation)

@@ -188,7 +188,7 @@ def test_training_has_the_published_values(name, commands):
     options = train_options(train_argv(commands[name]))
     expected = PUBLISHED | (CITYSCAPES if source == "cityscapes" else {})
     assert {option: getattr(options, option) for option in expected} == expected
-    assert (options.data, options.eval_data, options.eval_size) == PLACES[source]
+    assert (*options.data, options.eval_data, options.eval_size) == PLACES[source]
     assert (options.model, options.out, options.push_to_hub) == ("models/start", Path("runs/it"), None)
     # The tower of EVA02 has no paths to drop, so there the option would be without effect.
     rate = TqdmConfig.from_preset(PRESET_OF[tower]).vision_config.drop_path_rate
@@ -226,7 +226,7 @@ def test_all_data_is_prepared_with_the_published_choices(name, commands):
         made.add(str(options.out))
     training = train_options(train_argv(commands[name]))
     tested = {f"data/{target}" for target in TESTS[setting(name)[0]]}
-    assert made == {training.data, training.eval_data or training.data} | tested
+    assert made == {*training.data, training.eval_source} | tested
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,8 +7,9 @@ import importlib
 import io
 import json
 import shutil
+from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -32,12 +33,13 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.program import parse
 from tqdm_seg.training import checkpoint as checkpoint_tqdm
 from tqdm_seg.training import options as options_of_training
-from tqdm_seg.training.batches import RareClassSampling, TrainPlan, TrainSamples
+from tqdm_seg.training.batches import MixedPlan, RareClassSampling, TrainPlan, TrainSamples, check_minimum
 from tqdm_seg.training.build import build_model
+from tqdm_seg.training.doctor import alarms
 from tqdm_seg.training.log import RecentLosses, append_line
 from tqdm_seg.training.optimisation import learning_rate
 from tqdm_seg.training.options import AblateOptions, TrainOptions
-from tqdm_seg.training.plan import absent_text
+from tqdm_seg.training.sets import FrameSets, TrainSet
 
 program = importlib.import_module("tqdm_seg.train")  # `tqdm_seg.train` is the function
 CLASSES = ["non-traversable", "traversable"]
@@ -78,8 +80,8 @@ def arguments(start, data):
     """Command line of a run of six steps; more options can be added."""
 
     def make(out: Path, *more: str) -> list[str]:
-        fixed = f"--model {start} --data {data} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
-        fixed += " --min-pixels 50 --tracker none"
+        fixed = f"--model {start} --out {out} --steps 6 --batch-size 2 --crop 32 --warmup-steps 2"
+        fixed += " --min-pixels 50 --tracker none" + f" --data {data}" * ("--data" not in more)
         return [*fixed.split(), "--log-every", "1", "--save-every-steps", "2", "--overlays", "2", "--lr", "1e-3", *more]
 
     return make
@@ -99,7 +101,7 @@ def test_defaults_are_the_quick_start_on_the_frames_of_the_package(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     options = TrainOptions()
     assert (options.model, options.out) == ("tiny", Path("runs/quickstart"))
-    assert len(FrameDataset(options.train_source, options.train_split)) == 56
+    assert len(FrameDataset(options.train_sources[0].folder, options.train_split)) == 56
     assert TrainOptions(data="one").eval_source == "one" and TrainOptions(data="one", eval_data="2").eval_source == "2"
 
 
@@ -663,10 +665,119 @@ def test_weights_of_all_losses_are_options(start):
 
 
 def test_classes_without_a_pixel_are_said(data):
-    frames = FrameDataset(str(data), "train")
-    assert not absent_text(frames, frames)
-    frames.index = SimpleNamespace(class_pixels=np.array([[3, 0]]))
-    assert absent_text(frames, FrameDataset(str(data), "validation")).endswith("train on: traversable")
+    frames, held_back = (FrameDataset(str(data), split) for split in ("train", "validation"))
+    training = FrameSets([TrainSet("", frames, Fraction(1))])
+    assert alarms(training, held_back) == []
+    frames.index = replace(frames.index, table=without_class(frames.index.table, 1))
+    without, masks = alarms(training, held_back)
+    assert without.endswith("train on: traversable")
+    assert "of train hold non-traversable" in masks and "'traversable,255'" in masks
+    assert "trained on" in alarms(FrameSets([TrainSet("", held_back, Fraction(1))]), held_back)[-1]
+
+
+def without_class(table: pa.Table, number: int) -> pa.Table:
+    """An index in which a class has no pixel."""
+    column = table.schema.get_field_index("class_pixels")
+    pixels = [[0 if k == number else count for k, count in enumerate(row)] for row in table["class_pixels"].to_pylist()]
+    return table.set_column(column, table.schema.field(column), pa.array(pixels, table.schema.field(column).type))
+
+
+def test_the_doctor_prints_what_there_is_to_know_and_writes_nothing(arguments, tmp_path, capsys):
+    upright, exif = np.arange(1600).reshape(40, 40) // 800, Image.Exif()
+    exif[0x0112] = 6
+    for split, names in (("train", "ab"), ("val", "bc")):
+        for name in names:
+            photo(tmp_path / "images" / split / f"{name}.png", 40, 40)
+            save(tmp_path / "masks" / split / f"{name}.png", upright)
+    photo(tmp_path / "images" / "train" / "turned.jpg", 40, 40, exif=exif)
+    save(tmp_path / "masks" / "train" / "turned.png", upright)
+    deep = np.random.default_rng(0).integers(0, 2**16, (40, 40), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "images" / "val" / "deep.png")
+    save(tmp_path / "masks" / "val" / "deep.png", upright)
+    (tmp_path / "classes.txt").write_text("road\nsky\ncar\n")
+    prepare(
+        "folder", tmp_path / "images", tmp_path / "set", tmp_path / "masks", "--class-file", tmp_path / "classes.txt"
+    )
+    line = arguments(tmp_path / "run", "--data", str(tmp_path / "set"), "--min-pixels", "5000", "--doctor")
+    assert call("train", *line[:2], *line[4:]) == {}
+    said = capsys.readouterr().out
+    shown = " ".join(said.split())
+    for words in (
+        "frames 3 3", "road, % of labels 50.00 50.00", "car, % of labels none none", "1 16-bit grey PNG", "40x40",
+        "largest workable --min-pixels: 799; 5000 is refused", "classes without a pixel in the frames to train on: car",
+        "near-duplicate images: 1 held back, 1 trained on, such as val/b.png and train/b.png", "mirrored by EXIF",
+        "look at train/turned.jpg",
+    ):  # fmt: skip
+        assert words in shown, said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_doctor_looks_at_the_first_rows_of_data_without_an_index(arguments, data, tmp_path, capsys):
+    call("train", *arguments(tmp_path / "run", "--no-index", "--class-names", ",".join(CLASSES), "--doctor"))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "frames 4 3" in shown and "4 8-bit RGB PNG" in shown and "without an index" in shown
+
+
+# -- several training sets --------------------------------------------------------------------------------------------
+
+
+def test_several_sets_are_drawn_by_their_weights_and_by_sample_alone():
+    pixels = [np.array([[60, 0], [60, 60]]), np.array([[60, 60], [0, 60], [60, 0]])]
+    for rare in (RareClassSampling(min_pixels=50), None):
+        plans = [TrainPlan(of_set, 3, rare, "ab", number) for number, of_set in enumerate(pixels)]
+        plan = MixedPlan(plans, [Fraction(3), Fraction("0.5")], seed=3)
+        draws = plan.draws(0, 2 * len(plan.pattern))
+        assert (draws["frame"] < 2).mean() == 6 / 7 and set(draws["frame"]) == set(range(5))
+        parts = [plan.draws(first, last) for first, last in ((0, 5), (5, 1200), (1200, len(draws)))]
+        assert np.array_equal(np.concatenate(parts), draws)
+    first = draws["frame"][draws["frame"] >= 2][:6].reshape(2, 3)  # permutations: each epoch shows every frame once
+    assert np.array_equal(np.sort(first), [[2, 3, 4]] * 2)
+    with pytest.raises(ValueError, match="b in two.*--min-pixels 6 or less"):
+        check_minimum({"one": np.array([[60, 70]]), "two": np.array([[60, 7]])}, 50, "ab")
+
+
+def test_a_run_on_several_sets_names_them_all(arguments, data, tmp_path):
+    sets = (f"dry={data}@3", f"wet={data}:validation")
+    line = arguments(tmp_path / "run", "--eval-data", str(data), "--steps", "2", "--data")
+    call("train", *line, *sets)
+    card = " ".join((tmp_path / "run" / "model" / "README.md").read_text().split())
+    assert "75% of the samples" in card and "25% of the samples" in card and f"dry={data}@3" in card
+    facts = json.loads((tmp_path / "run" / "args.json").read_text())["identity"]["training data"]
+    assert facts["dry"].endswith("split train, weight 3") and facts["wet"].endswith("split validation, weight 1")
+    with pytest.raises(ValueError, match=r"training data\.dry was .*weight 3, now .*weight 2"):
+        call("train", *line, f"dry={data}@2", sets[1], "--resume")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (("a=one", "b=two"), "--eval-data"), (("a=one@0", "b=two"), "weight 0"), (("one", "b=two"), "one has no name"),
+        (("a=one", "A=two"), "called a"), (("a=one@3x4", "b=two"), "size"), ((), "empty"),
+    ],
+)  # fmt: skip
+def test_sets_that_make_no_sense_are_refused(data, words):
+    with pytest.raises(ValueError, match=words):
+        TrainOptions(data=data)
+
+
+def test_data_again_adds_named_sets_and_replaces_paths():
+    for words, expected in (
+        ("--data a --data b", ("b",)), ("--data a --data b=c d=e", ("b=c", "d=e")),
+        ("--data a=b --data c=d", ("a=b", "c=d")), ("--data a=b --data c", ("c",)),
+    ):  # fmt: skip
+        assert parse(TrainOptions, "", [*words.split(), "--eval-data", "x"]).data == expected
+
+
+def test_sets_of_other_classes_are_refused_by_name(arguments, data, tmp_path):
+    photo(tmp_path / "images" / "train" / "a.png", 40, 40)
+    save(tmp_path / "masks" / "train" / "a.png", np.zeros((40, 40)))
+    (tmp_path / "classes.txt").write_text("road\nsky\n")
+    made, names = tmp_path / "set", tmp_path / "classes.txt"
+    prepare("folder", tmp_path / "images", made, tmp_path / "masks", "--class-file", names)
+    sets = ("--data", f"mine={made}", f"orfd={data}", "--eval-data", str(data))
+    with pytest.raises(ValueError, match="orfd .*has the classes non-traversable, traversable, mine has road, sky"):
+        call("train", *arguments(tmp_path / "run", *sets))
 
 
 def test_damaged_training_images_are_named_before_anything_is_written(arguments, data, tmp_path):

@@ -148,6 +148,10 @@ class PlainRows:
         for number, row in enumerate(self.rows(process, processes)):
             yield self.frame(row, number)
 
+    def file(self, row: dict[str, Any]) -> bytes:
+        """The bytes of the row's image file."""
+        return _file_bytes(row[self.image])
+
     def frame(self, row: dict[str, Any], number: int) -> Frame:
         """The decoded frame; its key is the row's "key", else the file name, else its number."""
         image, label = (_file_bytes(row[column]) for column in (self.image, self.label))

@@ -1,7 +1,9 @@
 """Which frame is trained on when, and the batches made of it."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from typing import Any
@@ -11,12 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.frames import Frame, FrameDataset, PlainRows
+from ..data.frames import Frame, PlainRows
 from .augment import TrainTransform, normalise
 from .options import TrainOptions
+from .sets import FrameSets
 
 # Samples planned at once.
 PLAN_BLOCK = 2**16
+# Samples, about, in which several sets have exactly the shares of their weights.
+BLOCK = 1024
 
 
 # One sample of the plan: a frame, the class that it was drawn for (-1: none), the seeds of its augmentation and of all
@@ -51,42 +56,66 @@ def largest_minimum(class_pixels: np.ndarray) -> int:
     return int(most[most > 0].min()) - 1
 
 
+def check_minimum(sets: Mapping[str, np.ndarray], minimum: int, classes: Sequence[str] = ()) -> None:
+    """Raises ValueError when a class occurs in a set, but in no frame of it with more than `minimum` pixels.
+
+    sets: labelled pixels (R, K) of every class in every frame, by the name of the set. classes: names, for the message.
+    """
+    lacking = []
+    for name, class_pixels in sets.items():
+        most = class_pixels.max(0)
+        of_set = f" in {name}" if len(sets) > 1 else ""
+        lacking += [
+            f"{classes[k] if classes else k}{of_set}" for k in np.flatnonzero((most > 0) & (most <= minimum)).tolist()
+        ]
+    if lacking:
+        more = f" and {len(lacking) - 3} more classes" if len(lacking) > 3 else ""
+        workable = min(largest_minimum(class_pixels) for class_pixels in sets.values() if class_pixels.any())
+        raise ValueError(
+            f"no frame has more than {minimum} pixels of {', '.join(lacking[:3])}{more}, so none can be drawn for "
+            f"them; use --min-pixels {workable} or less, or --sampling permutation"
+        )
+
+
+def random_words(seed: int, first: int, last: int) -> np.ndarray:
+    """Four random words of every sample first ... last - 1: (last - first, 4) uint64, a function of (seed, sample)."""
+    # Philox is a function of (key, counter); a counter gives four words.
+    return np.random.Philox(key=seed, counter=first).random_raw(4 * (last - first)).reshape(-1, 4)
+
+
 class TrainPlan:
     """Which frame every sample of a run shows; a pure function of (seed, sample).
 
     class_pixels (R, K) int64, labelled pixels of every class in every frame; names: of the classes, for messages.
-    sampling: rare classes, or None: every epoch shows all frames in a new order.
+    sampling: rare classes, or None: every epoch shows all frames in a new order. number: of the set among several.
     Raises ValueError when a class occurs, but in no frame with more than `min_pixels` of it.
     """
 
     def __init__(
-        self, class_pixels: np.ndarray, seed: int, sampling: RareClassSampling | None, names: Sequence[str] = ()
-    ):
+        self, class_pixels: np.ndarray, seed: int, sampling: RareClassSampling | None, names: Sequence[str] = (),
+        number: int | None = None,
+    ):  # fmt: skip
         self.seed, self.sampling, self.num_frames = seed, sampling, len(class_pixels)
+        self.stream = [seed] if number is None else [seed, number]
         if sampling is None:
             return
         self.limits = sampling.probabilities(class_pixels).cumsum()
+        check_minimum({"": class_pixels}, sampling.min_pixels, names)
         enough = class_pixels > sampling.min_pixels
         self.counts = enough.sum(0)  # (K,) frames to choose from
-        lacking = np.flatnonzero((class_pixels.sum(0) > 0) & (self.counts == 0))
-        if len(lacking):
-            named = ", ".join(str(names[k]) if names else str(k) for k in lacking[:3])
-            more = f" and {len(lacking) - 3} more classes" if len(lacking) > 3 else ""
-            raise ValueError(
-                f"no frame has more than {sampling.min_pixels} pixels of {named}{more}, so none can be drawn for them; "
-                f"use --min-pixels {largest_minimum(class_pixels)} or less, or --sampling permutation"
-            )
         self.members = np.nonzero(enough.T)[1]  # frames of class 0, of class 1, ...
         self.starts = self.counts.cumsum() - self.counts
 
     def draws(self, first: int, last: int) -> np.ndarray:
         """Samples first ... last - 1: (last - first,) of type DRAW."""
-        # Philox is a function of (key, counter); a counter gives four words, which are one sample's.
-        words = np.random.Philox(key=self.seed, counter=first).random_raw(4 * (last - first)).reshape(-1, 4)
-        draws = np.empty(last - first, DRAW)
+        return self.pick(random_words(self.seed, first, last), np.arange(first, last))
+
+    def pick(self, words: np.ndarray, samples: np.ndarray) -> np.ndarray:
+        """The samples of these numbers (S,) and random words (S, 4): (S,) of type DRAW."""
+        draws = np.empty(len(words), DRAW)
         draws["seed"], draws["chance"] = words[:, 2], words[:, 3] >> np.uint64(33)
         if self.sampling is None:
-            draws["frame"], draws["wanted"] = self._permuted(np.arange(first, last)), -1
+            draws["frame"], draws["wanted"] = self._permuted(samples), -1
             return draws
         uniform = (words[:, :2] >> np.uint64(11)) * 2.0**-53  # in [0, 1)
         wanted = np.minimum(np.searchsorted(self.limits, uniform[:, 0], "right"), np.flatnonzero(self.counts)[-1])
@@ -98,13 +127,70 @@ class TrainPlan:
         epochs, places = np.divmod(samples, self.num_frames)
         frames = np.empty_like(samples)
         for epoch in np.unique(epochs):
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.num_frames)
+            order = np.random.default_rng([*self.stream, epoch]).permutation(self.num_frames)
             frames[epochs == epoch] = order[places[epochs == epoch]]
         return frames
 
 
+class MixedPlan:
+    """Which frame of several sets every sample shows; a pure function of (seed, sample).
+
+    Every block of about a thousand samples holds each set exactly by its weight, in an order of its own. Within its
+    samples a set is drawn from as if it were alone. Frames are numbered through all sets.
+    """
+
+    def __init__(self, plans: Sequence[TrainPlan], weights: Sequence[Fraction], seed: int):
+        self.plans, self.seed = plans, seed
+        unit = math.lcm(*(weight.denominator for weight in weights))
+        counts = np.array([int(weight * unit) for weight in weights])
+        counts //= math.gcd(*counts.tolist())
+        if counts.sum() > 1000 * BLOCK:
+            raise ValueError(f"the weights of --data, {', '.join(map(str, weights))}, are too far apart; round them")
+        counts *= max(BLOCK // int(counts.sum()), 1)
+        self.pattern, self.counts = np.repeat(np.arange(len(plans)), counts), counts
+        self.firsts = np.cumsum([0, *(plan.num_frames for plan in plans)])
+
+    def draws(self, first: int, last: int) -> np.ndarray:
+        """Samples first ... last - 1: (last - first,) of type DRAW."""
+        samples, words = np.arange(first, last), random_words(self.seed, first, last)
+        sets, numbers = self.places(samples)
+        draws = np.empty(len(samples), DRAW)
+        for number, plan in enumerate(self.plans):
+            chosen = sets == number
+            draws[chosen] = plan.pick(words[chosen], numbers[chosen])
+            draws["frame"][chosen] += self.firsts[number]
+        return draws
+
+    def places(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The set of every sample, and which one of that set's samples it is: both (S,) int64."""
+        blocks, places = np.divmod(samples, len(self.pattern))
+        sets, numbers = np.empty_like(samples), np.empty_like(samples)
+        for block in np.unique(blocks):
+            order = np.random.default_rng([self.seed, block, len(self.plans)]).permutation(self.pattern)
+            ranks = np.empty_like(order)
+            for number in range(len(self.plans)):
+                ranks[order == number] = np.arange(self.counts[number]) + block * self.counts[number]
+            inside = blocks == block
+            sets[inside], numbers[inside] = order[places[inside]], ranks[places[inside]]
+        return sets, numbers
+
+
+def make_plan(options: TrainOptions, training: FrameSets) -> TrainPlan | MixedPlan:
+    """The plan of a run; raises ValueError for a --min-pixels with which a class cannot be drawn."""
+    rare = RareClassSampling(options.temperature, options.min_pixels) if options.sampling == "rare-class" else None
+    pixels = training.class_pixels
+    if len(pixels) == 1:
+        return TrainPlan(pixels[0], options.seed, rare, training.classes)
+    if rare is not None:
+        check_minimum(
+            dict(zip((s.name for s in training.sets), pixels, strict=True)), rare.min_pixels, training.classes
+        )
+    plans = [TrainPlan(of_set, options.seed, rare, training.classes, number) for number, of_set in enumerate(pixels)]
+    return MixedPlan(plans, [part.weight for part in training.sets], options.seed)
+
+
 def planned_batches(
-    plan: TrainPlan, first_step: int, last_step: int, batch_size: int, parts: int = 1, process: int = 0,
+    plan: TrainPlan | MixedPlan, first_step: int, last_step: int, batch_size: int, parts: int = 1, process: int = 0,
     processes: int = 1,
 ) -> Iterator[np.ndarray]:  # fmt: skip
     """The draws (batch_size,) of every batch that one process reads, for steps first_step ... last_step - 1.
@@ -123,7 +209,7 @@ def planned_batches(
 class TrainSamples(Dataset):
     """Augmented frames by record of type DRAW."""
 
-    def __init__(self, frames: FrameDataset, transform: TrainTransform):
+    def __init__(self, frames: FrameSets, transform: TrainTransform):
         self.frames, self.transform = frames, transform
 
     def __getitem__(self, draw: np.void) -> dict[str, Tensor | str]:
@@ -202,7 +288,7 @@ def plain_batches(
 
 
 def step_batches(
-    options: TrainOptions, training: FrameDataset | PlainRows, first_step: int, process: int, processes: int
+    options: TrainOptions, training: FrameSets | PlainRows, first_step: int, process: int, processes: int
 ) -> Iterator[dict[str, Any]]:
     """Batches that this process trains on from `first_step` on, as `collate` makes them."""
     transform = TrainTransform(options.crop, min_class_pixels=options.min_pixels // 2, resize=options.resize)
@@ -211,11 +297,7 @@ def step_batches(
         first, last = (step * options.accumulation for step in (first_step, options.steps))
         batches = plain_batches(training, options.seed, first, last, options.batch_size, process, processes)
     else:
-        rare = RareClassSampling(options.temperature, options.min_pixels)
-        plan = TrainPlan(
-            training.index.class_pixels, options.seed, rare if options.sampling == "rare-class" else None,
-            training.classes,
-        )  # fmt: skip
+        plan = make_plan(options, training)
         samples = TrainSamples(training, transform)
         batches = planned_batches(
             plan, first_step, options.steps, options.batch_size, options.accumulation, process, processes

@@ -21,6 +21,7 @@ from ..deploy.speed import set_float32_arithmetic
 from ..evaluation.protocol import Protocol, check_view_sizes
 from .checkpoint import whole_weights
 from .options import TrainOptions
+from .sets import FrameSets, TrainSet
 
 
 def make_accelerator(options: TrainOptions) -> Accelerator:
@@ -60,18 +61,22 @@ def _check_launch(options: TrainOptions) -> None:
         raise ValueError(f"--compile {options.compile} is no backend of accelerate; choose one of {backends}")
 
 
-def open_data(options: TrainOptions) -> tuple[FrameDataset | PlainRows, FrameDataset | PlainRows]:
+def open_data(options: TrainOptions) -> tuple[FrameSets | PlainRows, FrameDataset | PlainRows]:
     """Training and held-back frames; raises ValueError when their classes differ."""
-    sources = ((options.train_source, options.train_split), (options.eval_source, options.eval_split))
+    sources = [source._replace(split=source.split or options.train_split) for source in options.train_sources]
+    held_back = (options.eval_source, options.eval_split)
     if options.class_names is not None:
         columns = (options.class_names, options.image_column, options.label_column)
-        training, validation = (PlainRows(*source, *columns) for source in sources)
+        training, validation = (PlainRows(*place, *columns) for place in (sources[0][1:3], held_back))
         for frames, split in ((training, "--train-split"), (validation, "--eval-split")):
             if next(frames.frames(), None) is None:  # read now, so that errors show before the training
                 raise ValueError(f"{frames.source} has no row in split {frames.split!r}; see {split}")
         return training, validation
-    training, validation = (FrameDataset(*source) for source in sources)
-    check_same_labels([training.index.manifest, validation.index.manifest])
+    training = FrameSets(
+        [TrainSet(name, FrameDataset(folder, split), weight) for name, folder, split, weight in sources]
+    )
+    validation = FrameDataset(*held_back)
+    check_same_labels([*training.manifests, validation.index.manifest])
     return training, validation
 
 

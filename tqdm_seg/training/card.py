@@ -17,6 +17,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from ..data.frames import FrameDataset, PlainRows
 from ..evaluation.figures import absent_lines, mean_over, percent, short_protocol, sizes_text
 from .options import EXAMPLE, TrainOptions
+from .sets import FrameSets, same_frames, shared_scenes
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
@@ -25,7 +26,7 @@ def model_card(
     options: TrainOptions,
     model: TqdmForSemanticSegmentation,
     results: dict[str, Any],
-    training: FrameDataset | PlainRows,
+    training: FrameSets | PlainRows,
     validation: FrameDataset | PlainRows,
 ) -> str:
     """README.md of a trained model: metadata for the Hub, use, result with its protocol, data, recipe, limits.
@@ -35,7 +36,7 @@ def model_card(
     protocol, best_step = results["protocol"], results.get("step")
     names = model.config.class_names
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    data = options.data or f"examples/{EXAMPLE}"
+    data = f"examples/{EXAMPLE}" if options.data is None else options.train_sources[0].folder
     card = ModelCard.from_template(
         card_metadata(options, results, training, validation),
         template_path=str(TEMPLATE),
@@ -56,7 +57,7 @@ def model_card(
         ground_truth_sizes=sizes_text(protocol["ground_truth_size"]),
         label_map=code(protocol["labels"]["name"]),
         label_policy=plain(protocol["labels"]["policy"]),
-        training=_part_text(training, data),
+        training=_training_text(training, data),
         validation=_part_text(validation, options.eval_data or data),
         overlap=overlap_text(training, validation),
         random_start=options.model in PRESETS,
@@ -69,13 +70,10 @@ def model_card(
     return f"{card}\n"
 
 
-def evaluated_frames(training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows) -> str:
+def evaluated_frames(training: FrameSets | PlainRows, validation: FrameDataset | PlainRows) -> str:
     """What the scored frames are: held back from training, or the very frames that are trained on."""
-    places = [
-        (frames.source if isinstance(frames, PlainRows) else frames.index.manifest["index_sha256"], frames.split)
-        for frames in (training, validation)
-    ]
-    return "frames that were trained on, which says nothing of others" if places[0] == places[1] else "held-back frames"
+    seen = same_frames(training, validation)
+    return "frames that were trained on, which says nothing of others" if seen else "held-back frames"
 
 
 def plain(text: str) -> str:
@@ -91,7 +89,7 @@ def code(text: str) -> str:
 def card_metadata(
     options: TrainOptions,
     results: dict[str, Any],
-    training: FrameDataset | PlainRows,
+    training: FrameSets | PlainRows,
     validation: FrameDataset | PlainRows,
 ) -> ModelCardData:
     """What the Hub reads: task, licence, mIoU, and data and start model if they are on the Hub."""
@@ -108,13 +106,13 @@ def card_metadata(
         metric_value=None if results["miou"] is None else round(results["miou"], 4),
     )
     measured = figure.metric_value is not None
-    trained_on = hub_name(options.train_source)
+    trained_on = [name for source in options.train_sources if (name := hub_name(source.folder))]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
         license=options.license,
         tags=["semantic-segmentation", "tqdm"],
-        datasets=[trained_on] if trained_on else None,
+        datasets=trained_on or None,
         base_model=hub_name(options.model),
         metrics=["mean_iou"],
         model_name=(options.push_to_hub or options.out.resolve().name).split("/")[-1] if measured else None,
@@ -144,11 +142,24 @@ def changed_options(options: TrainOptions) -> list[str]:
         if value == field.default or field.name == "resume":
             continue
         words.append(f"--{field.name.replace('_', '-')}")
-        if isinstance(value, tuple):
+        if field.name == "data":
+            words += value
+        elif isinstance(value, tuple):
             words.append(("x" if field.name == "eval_size" else ",").join(map(str, value)))
         elif not isinstance(value, bool):
             words.append(str(value))
     return words
+
+
+def _training_text(frames: FrameSets | PlainRows, place: str) -> str:
+    """What was trained on: every set, and where there are several, which share of the samples it has."""
+    if isinstance(frames, PlainRows):
+        return _part_text(frames, place)
+    if len(frames.sets) == 1:
+        return _part_text(frames.sets[0].frames, place)
+    parts = (_part_text(part.frames, part.frames.folder).rstrip(".") for part in frames.sets)
+    shares = (f"{share:.0%} of the samples" for share in frames.shares)
+    return "; ".join(f"{part}, {share}" for part, share in zip(parts, shares, strict=True)) + "."
 
 
 def _part_text(frames: FrameDataset | PlainRows, place: str) -> str:
@@ -158,12 +169,11 @@ def _part_text(frames: FrameDataset | PlainRows, place: str) -> str:
     return f"{plain(dataset_name(frames))} ({code(place)}), split {code(frames.split)}, {len(frames)} frames."
 
 
-def overlap_text(training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows) -> str:
+def overlap_text(training: FrameSets | PlainRows, validation: FrameDataset | PlainRows) -> str:
     """What is known of scenes that are both trained and tested on."""
-    if not isinstance(training, FrameDataset):
+    if isinstance(training, PlainRows):
         return "Read without an index: which scenes are in both parts is not known."
-    shared = sorted({*training.scenes} & {*validation.scenes} - {""})
-    if shared:
+    if shared := shared_scenes(training, validation):
         scenes = plain(", ".join(shared))
         return (
             f"Both parts hold frames of {scenes}, and neighbouring frames look alike: the score shows "
@@ -171,6 +181,6 @@ def overlap_text(training: FrameDataset | PlainRows, validation: FrameDataset | 
         )
     if "" not in training.scenes and "" not in validation.scenes:
         return "No scene is in both parts."
-    if dataset_name(training) != dataset_name(validation):
+    if dataset_name(validation) not in {dataset_name(part.frames) for part in training.sets}:
         return "Trained and tested on different data sets."
     return "Scenes are not named in all of the data: frames of both parts may be neighbours, which look alike."

@@ -1,14 +1,19 @@
 """Options of `train` and `ablate`. Defaults are the quick start's; the published settings' values are in the help."""
 
+import argparse
 import dataclasses
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..data.files import example
-from ..program import names, option, size
+from ..evaluation.options import parse_sets
+from ..program import cut, names, option, size
 
 # Names of configuration_tqdm.PRESETS, which is not imported here: it takes seconds.
 PRESETS = ("clip_vit_b16", "eva02_clip_b16", "eva02_clip_l14", "tiny")
@@ -18,7 +23,8 @@ EXAMPLE = "orfd_mini"
 
 # Options that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE_OPTIONS = (
-    "out", "resume", "dry_run", "workers", "log_every", "save_every_steps", "eval_every_steps", "keep", "overlays",
+    "out", "resume", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "eval_every_steps", "keep",
+    "overlays",
     "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
     "channels_last", "data", "eval_data", "model", "precision",
     "class_set",
@@ -35,6 +41,48 @@ _model = partial(option, group="model")
 _data = partial(option, group="data")
 _optimisation = partial(option, group="optimisation")
 _speed = partial(option, group="speed and memory")
+
+
+class TrainSource(NamedTuple):
+    """A training set as --data names it. name: "" where one is given as a path alone; split: None for --train-split."""
+
+    name: str
+    folder: str
+    split: str | None
+    weight: Fraction
+
+
+def is_named(text: str) -> bool:
+    """Whether a text is NAME=PATH, and not a path with such a name."""
+    return re.match(r"[\w.-]+=", text) is not None and not Path(text).exists()
+
+
+class CollectSets(argparse.Action):
+    """--data again: named sets are added to named ones, a path replaces what came before, as of any option."""
+
+    def __call__(self, parser: Any, values: Any, given: Any, option_string: Any = None) -> None:
+        before = getattr(values, self.dest) or ()
+        named = all(map(is_named, (*before, *given)))
+        setattr(values, self.dest, (*before, *given) if named else tuple(given))
+
+
+def parse_training_sets(texts: Sequence[str]) -> list[TrainSource]:
+    """The set of one PATH, or those of NAME=PATH[:SPLIT][@WEIGHT] texts; raises ValueError for others."""
+    if len(texts) == 1 and not is_named(texts[0]):
+        return [TrainSource("", texts[0], None, Fraction(1))]
+    places, weights = [], []
+    for text in texts:
+        place, weight = re.fullmatch(r"(.*?)(?:@(\d+(?:\.\d+)?))?", text).groups()
+        weights.append(Fraction(weight or 1))
+        if not weights[-1]:
+            raise ValueError(f"--data {cut(text)} has the weight 0; leave the set out, or give it a weight above 0")
+        if not is_named(text):
+            raise ValueError(f"--data {cut(text)} has no name; several sets are named: NAME=PATH[:SPLIT][@WEIGHT]")
+        places.append(place)
+    sources = parse_sets(places)
+    if boxed := [source.name for source in sources if source.box]:
+        raise ValueError(f"--data {boxed[0]} names a size; training crops at the image's own: leave out @HxW")
+    return [TrainSource(*source[:3], weight) for source, weight in zip(sources, weights, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +103,10 @@ class TrainOptions:
     out: Path = _run(Path("runs/quickstart"), help="run folder")
     resume: bool = _run(False, help="continue from the last checkpoint in --out, if there is one")
     dry_run: bool = _run(False, help="build everything, print the plan and the memory it takes, and stop")
+    doctor: bool = _run(
+        False, help="print what there is to know of the data, and stop: class shares, likely 0/255 masks, leaks, "
+        "orientations, bit depths, sizes, the largest workable --min-pixels; reads every image, writes nothing",
+    )  # fmt: skip
     seed: int = _run(0, help="decides the first weights and every batch")
     log_every: int = _run(10, help="steps per log line, which holds means over them")
     save_every_steps: int = _run(50, help="steps between checkpoints, 0: none (published: 2000; default: %(default)s)")
@@ -83,11 +135,14 @@ class TrainOptions:
     score_map_weight: float | None = _model(None, help="weight of the score-map regulariser (default: the model's, 1)")
 
     # What it is trained on.
-    data: str | None = _data(
-        None, help="folder or URL of a prepared dataset; its classes become the model's (default: the example frames)"
-    )
+    data: tuple[str, ...] | None = _data(
+        None, nargs="+", action=CollectSets, metavar="PATH",
+        help="folder or URL of a prepared dataset; its classes become the model's. Several are "
+        "NAME=PATH[:SPLIT][@WEIGHT] each, need --eval-data, and have samples by their weights, 1 if none is given "
+        "(default: the example frames)",
+    )  # fmt: skip
     train_split: str = _data("train", help="split of --data to train on")
-    eval_data: str | None = _data(None, metavar="DATA", help="dataset to evaluate on (default: --data)")
+    eval_data: str | None = _data(None, metavar="PATH", help="dataset to evaluate on (default: --data)")
     eval_split: str = _data("validation", help="split to evaluate on")
     eval_size: tuple[int, int] | None = _data(
         None, type=size, help="fit evaluated images into this size (default: keep their size)"
@@ -170,6 +225,14 @@ class TrainOptions:
     def __post_init__(self) -> None:
         """Raises ValueError, naming the option, for what makes no sense."""
         object.__setattr__(self, "out", Path(self.out))
+        if isinstance(self.data, str):
+            object.__setattr__(self, "data", (self.data,))
+        if self.data == ():
+            raise ValueError("--data is empty; name a dataset, or leave it out")
+        if len(self.train_sources) > 1 and self.no_index:
+            raise ValueError("--no-index reads one dataset; prepare several, or give one --data")
+        if len(self.train_sources) > 1 and self.eval_data is None:
+            raise ValueError("several --data sets need --eval-data PATH, the dataset to evaluate on")
         if self.no_index != (self.class_names is not None):
             raise ValueError("--no-index needs --class-names, and --class-names needs --no-index")
         if self.no_index and self.data is None:
@@ -193,19 +256,19 @@ class TrainOptions:
                 raise ValueError(f"--push-to-hub {self.push_to_hub}: {error}") from error
 
     @property
-    def train_source(self) -> str:
+    def train_sources(self) -> list[TrainSource]:
         """Where the training frames lie."""
-        return str(example(EXAMPLE)) if self.data is None else self.data
+        return parse_training_sets((str(example(EXAMPLE)),) if self.data is None else self.data)
 
     @property
     def eval_source(self) -> str:
         """Where the held-back frames lie."""
-        return self.train_source if self.eval_data is None else self.eval_data
+        return self.train_sources[0].folder if self.eval_data is None else self.eval_data
 
 
 # Options of `train` that an ablation sets itself.
 _SET_BY_ABLATION = (
-    "seed", "resume", "dry_run", "overlays", "tracker", "push_to_hub", "no_text_attention", "random_queries",
+    "seed", "resume", "dry_run", "doctor", "overlays", "tracker", "push_to_hub", "no_text_attention", "random_queries",
     "textual_weight", "visual_weight", "score_map_weight",
 )  # fmt: skip
 

@@ -19,6 +19,7 @@ from ..data.frames import FrameDataset, PlainRows
 from ..deploy.folder import identity
 from ..evaluation.groups import flatten
 from .options import FREE_OPTIONS, PRESETS, TrainOptions
+from .sets import FrameSets
 from .teacher import Teacher
 
 ARGS = "args.json"
@@ -36,7 +37,10 @@ def check_folder(out: Path, resume: bool) -> None:
 
 
 def run_facts(
-    options: TrainOptions, precision: str, processes: int, data: dict[str, FrameDataset | PlainRows]
+    options: TrainOptions,
+    precision: str,
+    processes: int,
+    data: dict[str, FrameSets | FrameDataset | PlainRows],
 ) -> dict[str, Any]:
     """What args.json holds: the options, and what the run is by content, wherever data and start model lie.
 
@@ -55,9 +59,15 @@ def run_facts(
     return json.loads(json.dumps(facts, default=str))
 
 
-def _content(frames: FrameDataset | PlainRows) -> str:
+def _content(frames: FrameSets | FrameDataset | PlainRows) -> str | dict[str, str]:
     """The frames by their index, which holds a checksum of every file; without an index by their place."""
-    return frames.source if isinstance(frames, PlainRows) else frames.index.manifest["index_sha256"]
+    if isinstance(frames, PlainRows):
+        return frames.source
+    if isinstance(frames, FrameDataset):
+        return frames.identity
+    if not frames.sets[0].name:
+        return frames.sets[0].frames.identity
+    return {name: f"{part.identity}, split {part.split}, weight {weight}" for name, part, weight in frames.sets}
 
 
 def _version(name: str) -> str:
@@ -146,15 +156,3 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
-
-
-def absent_text(training: FrameDataset | PlainRows, validation: FrameDataset | PlainRows) -> str:
-    """A line naming the classes without a pixel in the frames to train or evaluate on; nothing if there are none."""
-    lines = []
-    for what, frames in (("train", training), ("evaluate", validation)):
-        if isinstance(frames, FrameDataset):
-            totals = frames.index.class_pixels.sum(0)
-            absent = [name for name, pixels in zip(frames.classes, totals, strict=True) if not pixels]
-            if absent:
-                lines.append(f"classes without a pixel in the frames to {what} on: {', '.join(absent)}")
-    return "\n".join(lines)

@@ -22,6 +22,7 @@ from .card import evaluated_frames, model_card
 from .log import Log
 from .options import TrainOptions
 from .overlays import draw_frames
+from .sets import FrameSets
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Reporter:
     accelerator: Accelerator
     trained: TqdmForSemanticSegmentation
     processor: TqdmImageProcessor
-    training: FrameDataset | PlainRows
+    training: FrameSets | PlainRows
     validation: FrameDataset | PlainRows
     log: Log
     whole: TqdmForSemanticSegmentation = field(init=False)  # `trained`, gathered if it is sharded
