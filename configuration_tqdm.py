@@ -2,7 +2,7 @@
 
 The class list is data. A class has a query text, to which its rows of the weights belong, and a display name in
 `id2label`; most often they are the same. `token_ids` stores the CLIP token ids of the texts, so that a saved model
-loads without tokeniser and network.
+loads without tokeniser and network. Texts given as vectors need neither: `class_vectors` names the rows of their table.
 """
 
 import difflib
@@ -305,6 +305,13 @@ class TqdmConfig(PreTrainedConfig):
     display_names: what classes are called where it is not their query text, {text: name}; see `rename_classes`.
     token_ids: CLIP token ids by text.
     frozen_texts: query texts of a model without text tower, set by `freeze_text()`.
+    queries: what a class query starts from. "textual": its text in the text tower, with a learned prompt; "vectors":
+    the row of its text in a given table, without tower; "random" (ablation): a learned vector.
+    class_vectors: with queries="vectors" the table's "names", and of which "model" and "source" it is, under which
+    "licence"; "words", {other name: name of the table}, are names that classes may have, too.
+    centre_class_vectors: subtract the table's mean from its rows: raw CLIP texts lie close together.
+    class_head: "linear" (published), a row of weights per class; "cosine" compares queries with the class texts, has no
+    weights per class, and so takes new names without training.
     trained: False for the start of a training, whose predictions mean nothing. Training sets it, and a folder that does
     not say it counts as trained.
     Presets: `TqdmConfig.from_preset("clip_vit_b16" | "eva02_clip_l14" | "eva02_clip_b16" | "tiny")`.
@@ -327,6 +334,8 @@ class TqdmConfig(PreTrainedConfig):
     display_names: dict[str, str] | None = None
     token_ids: dict[str, list[int]] | None = None
     frozen_texts: list[str] | None = None
+    class_vectors: dict[str, Any] | None = None
+    centre_class_vectors: bool = False
     trained: bool = False
 
     hidden_size: int = 256
@@ -343,7 +352,8 @@ class TqdmConfig(PreTrainedConfig):
     pixel_decoder_ffn_dim: int = 2048
     # Ablations of the paper: without text-to-pixel attention; learned vectors instead of class texts as queries.
     text_to_pixel_attention: bool = True
-    queries: Literal["textual", "random"] = "textual"
+    queries: Literal["textual", "vectors", "random"] = "textual"
+    class_head: Literal["linear", "cosine"] = "linear"
     mask_decoder_layers: int = 9
     mask_decoder_heads: int = 8
     mask_decoder_ffn_dim: int = 2048
@@ -388,7 +398,9 @@ class TqdmConfig(PreTrainedConfig):
         self.label2id = label2id or self.label2id
         if self.query_texts is None:
             texts = {name: text for text, name in (self.display_names or {}).items()}
-            self.query_texts = self.frozen_texts or [texts.get(name, name) for name in self.class_names]
+            self.query_texts = self.frozen_texts or [self._word(texts.get(name, name)) for name in self.class_names]
+            if self.queries == "vectors":
+                self.display_names = _display_names(self.query_texts, self.class_names)
         self.resolve_token_ids()
 
     @classmethod
@@ -452,7 +464,22 @@ class TqdmConfig(PreTrainedConfig):
         """The row of the weights of each class, by its name or query text; None for those that have none."""
         rows = {text: row for row, text in enumerate(self.query_texts)}
         rows |= {name: row for row, name in enumerate(self.row_names)}
-        return [rows.get(name) for name in names]
+        return [rows.get(name, rows.get(self._word(name))) for name in names]
+
+    @property
+    def has_text_tower(self) -> bool:
+        """True where the class texts are encoded by the model itself."""
+        return self.frozen_texts is None and self.queries != "vectors"
+
+    @property
+    def has_open_classes(self) -> bool:
+        """True where no weights belong to a class, so that new names need no training."""
+        return self.class_head == "cosine" and self.queries != "random" and self.frozen_texts is None
+
+    def check_loadable(self) -> None:
+        """Raises ValueError for names in `id2label` that trained weights have no part for."""
+        if self.trained and not self.has_open_classes and None in self.rows_of(self.class_names):
+            self.check_rows()
 
     def check_rows(self) -> None:
         """Raises ValueError where `id2label` of a model was edited, and its weights do not follow."""
@@ -477,15 +504,18 @@ class TqdmConfig(PreTrainedConfig):
     def set_classes(self, id2label: dict[int, str]) -> None:
         """Changes the class list of a model to be made. Known names keep their query text, new ones are their own.
 
-        Raises ValueError, changing nothing, unless it maps 0 ... K-1 to names that are distinct for CLIP, too.
+        Raises ValueError, changing nothing, unless it maps 0 ... K-1 to names that are distinct for CLIP, too, and in
+        the table where texts are given as vectors.
         """
         id2label = check_names(id2label)
         names = list(id2label.values())
         rows = self.rows_of(names)
-        texts = [name if row is None else self.query_texts[row] for name, row in zip(names, rows, strict=True)]
+        texts = [
+            self._word(name if row is None else self.query_texts[row]) for name, row in zip(names, rows, strict=True)
+        ]
         token_ids = self._look_up(texts)
         self.id2label, self.query_texts, self.token_ids = id2label, texts, token_ids
-        self.display_names = {text: name for text, name in zip(texts, names, strict=True) if text != name} or None
+        self.display_names = _display_names(texts, names)
 
     def rename_classes(self, names: dict[str, str]) -> None:
         """Changes display names, {query text or present name: new name}: predictions stay the same.
@@ -514,12 +544,46 @@ class TqdmConfig(PreTrainedConfig):
         """Makes `token_ids` hold exactly the query texts and the reference prompt; raises as `set_classes`."""
         self.token_ids = self._look_up(self.query_texts)
 
-    def _look_up(self, texts: list[str]) -> dict[str, list[int]]:
+    def _word(self, name: str) -> str:
+        """The query text of a new class: its name, or what the table of class vectors calls it."""
+        vectors = self.class_vectors if self.queries == "vectors" else None
+        return ((vectors or {}).get("words") or {}).get(name, name)
+
+    def _check_vectors(self, texts: list[str]) -> None:
+        """Raises ValueError unless `class_vectors` is a table that has these texts."""
+        table = self.class_vectors
+        if table is None or not isinstance(table.get("names"), list):
+            raise ValueError(
+                'queries="vectors" needs class_vectors={"names": [...], "model": ..., "source": ...}, not '
+                f"{quote(table)}; `tqdm-seg train --class-vectors` sets it"
+            )
+        known, words = table["names"], table.get("words") or {}
+        check_distinct(known, "class_vectors")
+        for text in texts:
+            if text not in known:
+                near = difflib.get_close_matches(text, [*known, *words], 4, 0.5) or known[:4]
+                shown = (f"{name!r} (for {words[name]!r})" if name in words else repr(name) for name in near)
+                raise ValueError(
+                    f"id2label: there is no class vector for {quote(text, 40)}; the nearest of {len(known)} names are "
+                    f"{', '.join(shown)}; use one of them, and display_names to show another name"
+                )
+            if texts.count(text) > 1:
+                same = [quote(name, 30) for name in [text, *words] if words.get(name, name) == text]
+                raise ValueError(
+                    f"id2label: two classes have the class vector {quote(text, 30)}, which stands for "
+                    f"{', '.join(same[:5])}; leave out or rename one"
+                )
+
+    def _look_up(self, texts: list[str]) -> dict[str, list[int]] | None:
         """Token ids of exactly these query texts and the reference prompt.
 
         Known texts keep their ids; open_clip's tokeniser encodes new ones, without a download. Raises ImportError for
-        new texts without the `open_clip_torch` package, ValueError for texts that are one to CLIP.
+        new texts without the `open_clip_torch` package, ValueError for texts that are one to CLIP. None, after the
+        checks, where vectors stand for the texts.
         """
+        if self.queries == "vectors":
+            self._check_vectors(texts)
+            return None
         prompt = [part.strip() for part in self.reference_prompt.split("{class}")]
         needed = [text for text in dict.fromkeys([*texts, *prompt]) if text]
         known = _KNOWN_TOKEN_IDS | (self.token_ids or {})
@@ -566,6 +630,7 @@ class TqdmConfig(PreTrainedConfig):
             raise ValueError(
                 f"frozen_texts are {quote(self.frozen_texts)} and must hold the query texts {listed(self.query_texts)}"
             )
+        self.check_vectors()
         for text, ids in (self.token_ids or {}).items():
             end = self.text_config.eos_token_id  # the largest one, by which the text tower finds the end
             if not all(0 <= index <= end for index in ids):
@@ -575,6 +640,19 @@ class TqdmConfig(PreTrainedConfig):
                 f"ignore_index {self.ignore_index} is the class {quote(names[self.ignore_index])}; choose one that is "
                 "no class, such as -100"
             )
+
+    def check_vectors(self):
+        """Raises ValueError for class vectors that do not fit the other fields."""
+        if self.queries == "vectors":
+            self._check_vectors(self.query_texts)
+            if self.frozen_texts is not None:
+                raise ValueError('frozen_texts: queries="vectors" has no text tower to drop; leave frozen_texts out')
+        for name in ("class_vectors", "centre_class_vectors"):
+            if getattr(self, name) and self.queries != "vectors":
+                raise ValueError(
+                    f'{name} is {quote(getattr(self, name))} and queries is "{self.queries}", which uses no table; set '
+                    'queries="vectors", or leave it out'
+                )
 
     def check_windows(self):
         """Raises ValueError for windows that leave gaps or hold no image."""
@@ -641,6 +719,11 @@ class TqdmConfig(PreTrainedConfig):
             if not isinstance(value, PreTrainedConfig):
                 fields[key] = {**PRESETS[name].get(key, {}), **(value or {})}
         return cls(**fields)
+
+
+def _display_names(texts: list[str], names: list[str]) -> dict[str, str] | None:
+    """{text: name} where they differ, or None."""
+    return {text: name for text, name in zip(texts, names, strict=True) if text != name} or None
 
 
 def _encode(texts: list[str]) -> list[list[int]]:

@@ -157,6 +157,11 @@ class ConvGroupNorm(nn.Sequential):
             init.zeros_(self.conv.bias)
 
 
+def position_rows(config: TqdmConfig) -> int:
+    """Rows of the query and text positions: one per class, or one for all next to a head that compares."""
+    return 1 if config.class_head == "cosine" else config.num_labels
+
+
 class PixelDecoder(nn.Module):
     """Feature maps and class texts -> pixel embeddings at stride 4 and three coarser maps for the mask decoder."""
 
@@ -170,7 +175,7 @@ class PixelDecoder(nn.Module):
         self.text_proj = self.text_positions = None
         if config.text_to_pixel_attention:
             self.text_proj = nn.Linear(config.text_config.projection_dim, width)
-            self.text_positions = nn.Parameter(torch.empty(config.num_labels, width))
+            self.text_positions = nn.Parameter(torch.empty(position_rows(config), width))
         self.layers = nn.ModuleList(PixelDecoderLayer(config) for _ in range(config.pixel_decoder_layers))
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.lateral = ConvGroupNorm(channels, config)
@@ -234,12 +239,38 @@ class MaskDecoderLayer(GradientCheckpointingLayer):
     def forward(
         self, queries: Tensor, query_positions: Tensor, keys: Tensor, pixels: Tensor, attention_mask: Tensor
     ) -> Tensor:
-        """queries (B, K, C), query_positions (K, C), keys, pixels (B, N, C), mask (B, 1, K, N) -> queries (B, K, C)."""
+        """queries (B, K, C), query_positions (K or 1, C), keys, pixels (B, N, C), mask (B, 1, K, N) -> (B, K, C)."""
         context = self.cross_attention(queries + query_positions, keys, pixels, attention_mask)  # (B, K, C)
         queries = self.norm1(queries + context)
         positioned = queries + query_positions
         queries = self.norm2(queries + self.self_attention(positioned, positioned, queries))
         return self.norm3(queries + self.ffn(queries))
+
+
+class CosineClassHead(nn.Module):
+    """Class logits by comparison with the class texts: no weight belongs to a class, so any text can be one.
+
+    The cosine of every query, in the image-text space, with every class text and with a learned vector for "no object",
+    times a learned scale: CLIP's, from 1 / 0.07 and at most 100.
+    """
+
+    def __init__(self, config: TqdmConfig):
+        super().__init__()
+        embedding = config.text_config.projection_dim
+        self.projection = nn.Linear(config.hidden_size, embedding)
+        self.no_object = nn.Parameter(torch.empty(embedding))
+        self.log_scale = nn.Parameter(torch.empty(1))
+
+    def initialise(self) -> None:
+        """A random direction for "no object", CLIP's scale."""
+        init.normal_(self.no_object)
+        init.constant_(self.log_scale, -math.log(0.07))
+
+    def forward(self, queries: Tensor, class_texts: Tensor) -> Tensor:
+        """queries (B, K, C), class_texts (K, E), the same for every image -> class logits (B, K, K + 1)."""
+        texts = F.normalize(torch.cat((class_texts, self.no_object[None])), dim=-1)  # (K + 1, E)
+        scale = self.log_scale.exp().clamp(max=100)
+        return scale * (F.normalize(self.projection(queries), dim=-1) @ texts.T)
 
 
 class MaskDecoder(nn.Module):
@@ -249,15 +280,16 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
-        width, classes = config.hidden_size, config.num_labels
+        width = config.hidden_size
         self.text_proj = nn.Sequential(
             nn.Linear(config.text_config.projection_dim, width), nn.ReLU(), nn.Linear(width, width)
         )
-        self.query_positions = nn.Parameter(torch.empty(classes, width))
+        self.query_positions = nn.Parameter(torch.empty(position_rows(config), width))
         self.level_embedding = nn.Parameter(torch.empty(NUM_LEVELS, width))
         self.layers = nn.ModuleList(MaskDecoderLayer(config) for _ in range(config.mask_decoder_layers))
         self.post_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.class_head = nn.Linear(width, classes + 1)
+        self.compares = config.class_head == "cosine"
+        self.class_head = CosineClassHead(config) if self.compares else nn.Linear(width, config.num_labels + 1)
         self.mask_head = nn.Sequential(
             nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width)
         )
@@ -272,10 +304,11 @@ class MaskDecoder(nn.Module):
         logits = pixels.flatten(2).transpose(1, 2) @ self.mask_head(queries).transpose(1, 2)  # (B, h w, K)
         return logits.transpose(1, 2).contiguous().unflatten(2, pixels.shape[-2:])
 
-    def predict(self, queries: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, queries: Tensor, pixels: Tensor, class_texts: Tensor | None) -> tuple[Tensor, Tensor]:
         """queries (B, K, C), pixels (B, C, h, w) -> class logits (B, K, K + 1), mask logits (B, K, h, w)."""
         queries = self.post_norm(queries)
-        return self.class_head(queries), self.mask_logits(queries, pixels)
+        class_logits = self.class_head(queries, class_texts) if self.compares else self.class_head(queries)
+        return class_logits, self.mask_logits(queries, pixels)
 
     def attention_mask(self, mask_logits: Tensor) -> Tensor:
         """mask_logits (B, K, h, w) at the size of a level -> additive mask (B, 1, K, N), open where they are >= 0."""
@@ -296,20 +329,25 @@ class MaskDecoder(nn.Module):
         return keys, values
 
     def forward(
-        self, text: Tensor, pixels: Tensor, pyramid: list[Tensor], all_layers: bool = True
+        self,
+        text: Tensor,
+        pixels: Tensor,
+        pyramid: list[Tensor],
+        all_layers: bool = True,
+        class_texts: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """text (B, K, E), pixels (B, C, h, w), pyramid 3 x (B, C, h, w) coarse to fine -> class and mask logits.
 
         Two lists of num_layers + 1 predictions, from the bare queries to the last layer; with all_layers=False of the
-        last one.
+        last one. class_texts (K, E): what a cosine class head compares with.
         """
         queries = self.text_proj(text)  # (B, K, C)
         keys, values = self.keys_and_values(pyramid)
-        predictions = [self.predict(queries, pixels)]
+        predictions = [self.predict(queries, pixels, class_texts)]
         for index, layer in enumerate(self.layers):
             level = index % NUM_LEVELS
             attention_mask = self.attention_mask(resize(predictions[-1][1].detach(), pyramid[level].shape[-2:]))
             queries = layer(queries, self.query_positions, keys[level], values[level], attention_mask)
-            predictions.append(self.predict(queries, pixels))
+            predictions.append(self.predict(queries, pixels, class_texts))
         class_logits, mask_logits = zip(*(predictions if all_layers else predictions[-1:]), strict=True)
         return list(class_logits), list(mask_logits)

@@ -302,14 +302,19 @@ class FastMaskDecoder(MaskDecoder):
         return (logits.transpose(1, 2).contiguous() + bias).unflatten(2, pixels.shape[-2:])
 
     def forward(
-        self, text: Tensor, pixels: Tensor, pyramid: list[Tensor], all_layers: bool = True
+        self,
+        text: Tensor,
+        pixels: Tensor,
+        pyramid: list[Tensor],
+        all_layers: bool = True,
+        class_texts: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """As in `MaskDecoder`. For the last layer alone, the others' masks are made at the size of a level.
 
         Resizing is linear, so a mask of resized pixels is the resized mask.
         """
         if all_layers:
-            return super().forward(text, pixels, pyramid)
+            return super().forward(text, pixels, pyramid, class_texts=class_texts)
         queries = self.text_proj(text)  # (B, K, C)
         keys, values = self.keys_and_values(pyramid)
         coarse = [resize(pixels, level.shape[-2:]) for level in pyramid]
@@ -318,7 +323,7 @@ class FastMaskDecoder(MaskDecoder):
             mask_logits = self.mask_logits(self.post_norm(queries), coarse[level])
             attention_mask = self.attention_mask(mask_logits)
             queries = layer(queries, self.query_positions, keys[level], values[level], attention_mask)
-        class_logits, mask_logits = self.predict(queries, pixels)
+        class_logits, mask_logits = self.predict(queries, pixels, class_texts)
         return [class_logits], [mask_logits]
 
 
@@ -376,8 +381,7 @@ def make_fast(model: nn.Module) -> None:
     """Freezes the texts and replaces the layers of a `TqdmModel`, in place, in eval mode; raises as `check_plain`."""
     check_plain(model)
     model.eval()
-    if model.config.frozen_texts is None:
-        model.text_queries.freeze()
+    model.text_queries.freeze()
     tower, pixels, head = model.vision_tower, model.pixel_decoder, model.mask_decoder
     first, norm, activation, second = tower.pyramid.up4
     tower.pyramid.up4 = PatchExpansion(

@@ -112,6 +112,10 @@ class TqdmSemanticSegmenterOutput(ModelOutput):
 _LOADING: ContextVar[bool | None] = ContextVar("_LOADING", default=None)
 
 
+# Fields of the configuration that a class list decides.
+CLASS_FIELDS = ("id2label", "query_texts", "display_names", "token_ids", "frozen_texts")
+
+
 class TqdmPreTrainedModel(TqdmBaseModel):
     """Ties the model classes to their configuration, and the rows of the weights to query texts."""
 
@@ -170,8 +174,9 @@ class TqdmPreTrainedModel(TqdmBaseModel):
         """Changes the class list, in place. Classes that keep their name keep their weights, others get random ones.
 
         A class is its text, a query position, a text position and a row of the class head. Known names, query texts or
-        display names, are matched by text; new ones become queries, with a warning for a trained model. Gradients stay
-        switched on or off as they are; make the optimiser afterwards.
+        display names, are matched by text; new ones become queries, with a warning for a trained model. With
+        class_head="cosine" a class is its text alone, and new ones need no training. Gradients stay switched on or off
+        as they are; make the optimiser afterwards.
         Raises ValueError, changing nothing, for a list that `TqdmConfig` refuses, names too long for the position
         table, new names after `freeze_text`, offloaded weights, and a class head with adapters or quantised weights.
         """
@@ -202,10 +207,32 @@ class TqdmPreTrainedModel(TqdmBaseModel):
             config.frozen_texts = list(config.query_texts)
             for module in queries:
                 module.encoded = module.encoded[rows]
-        for name in ("id2label", "query_texts", "display_names", "token_ids", "frozen_texts"):
+        for name in CLASS_FIELDS:
             setattr(self.config, name, getattr(config, name))
-        if new and config.trained:
+        if new and config.trained and not config.has_open_classes:
             warnings.warn(f"classes without training: {', '.join(new)}; their parts are random", stacklevel=2)
+
+    @torch.no_grad()
+    def use_class_vectors(self, vectors: Tensor, about: dict[str, Any], centre: bool = False) -> None:
+        """Takes class texts as vectors, in place, for text tower and prompt, which are dropped.
+
+        vectors (V, E): one per name in about["names"]; about: see `class_vectors` of `TqdmConfig`. Classes keep their
+        weights. Raises ValueError, changing nothing, for vectors of another shape and classes without one.
+        """
+        config, width = copy.deepcopy(self.config), self.config.text_config.projection_dim
+        if tuple(vectors.shape) != (len(about["names"]), width):
+            raise ValueError(
+                f"class vectors are {tuple(vectors.shape)} and must be ({len(about['names'])}, {width}): names, width "
+                "of the model's image-text space; use vectors of the model's own CLIP"
+            )
+        config.queries, config.class_vectors, config.centre_class_vectors = "vectors", about, centre
+        config.frozen_texts = None
+        config.set_classes(config.id2label)
+        for module in self.modules():
+            if isinstance(module, TextualQueries):
+                module.use_vectors(config, vectors)
+        for name in (*CLASS_FIELDS, "queries", "class_vectors", "centre_class_vectors"):
+            setattr(self.config, name, getattr(config, name))
 
 
 def choose_rows(config: TqdmConfig) -> dict[int, str] | None:
@@ -216,6 +243,9 @@ def choose_rows(config: TqdmConfig) -> dict[int, str] | None:
     """
     wanted, ignore = config.id2label, _LOADING.get()
     if config.class_names == config.row_names:
+        return None
+    if config.has_open_classes:
+        config.set_classes(wanted)
         return None
     unknown = [name for name, row in zip(wanted.values(), config.rows_of(wanted.values()), strict=True) if row is None]
     if config.trained and (ignore is None or (unknown and not ignore)):
@@ -250,15 +280,18 @@ def make_class_tables(model: nn.Module, rows: list[int | None]) -> list[tuple[nn
         [m for m in parts if isinstance(m, kind)] for kind in (PixelDecoder, TextualQueries, MaskDecoder)
     )
     config, count, tables = model.config, len(rows), []
+    shared = config.class_head == "cosine"  # positions, and no row per class in the head
 
     def add(modules: list[nn.Module], name: str, fresh: Tensor, rows: list[int | None] = rows) -> None:
         tables.extend((module, name, with_rows(getattr(module, name), rows, fresh)) for module in modules)
 
-    if config.text_to_pixel_attention:
+    if config.text_to_pixel_attention and not shared:
         add(pixels, "text_positions", torch.randn(count, config.hidden_size))
     if config.queries == "random" and config.frozen_texts is None:
         vectors = [layer for module in texts for layer in plain_layers(module.class_vectors, nn.Embedding)]
         add(vectors, "weight", torch.randn(count, vectors[0].embedding_dim))
+    if shared:
+        return tables
     add(masks, "query_positions", torch.randn(count, config.hidden_size))
     heads = [layer for module in masks for layer in plain_layers(module.class_head, nn.Linear)]
     fresh = nn.Linear(config.hidden_size, count + 1)
@@ -305,9 +338,10 @@ class TqdmModel(TqdmPreTrainedModel):
         check_images(pixel_values, self.config.vision_config.num_channels)
         # 4 x (B, D, h, w), (B, 1 + N, E)
         features, tokens = self.vision_tower(pixel_values, output_attentions=output_attentions)
-        text = self.text_queries(tokens, encoded_text)  # (B, K, E)
+        class_texts = self.text_queries.encode() if encoded_text is None else encoded_text  # (K, E)
+        text = self.text_queries(tokens, class_texts)  # (B, K, E)
         pixels, pyramid = self.pixel_decoder(features, text)  # (B, C, 4h, 4w), 3 x (B, C, h, w)
-        class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid, all_layers)
+        class_logits, mask_logits = self.mask_decoder(text, pixels, pyramid, all_layers, class_texts)
         score_map = None
         if all_layers:
             patches = F.normalize(tokens[:, 1:], dim=-1)  # (B, N, E)
@@ -514,8 +548,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         Saves and loads like any other model. It raises ValueError in training, and for class names that it was not
         frozen with.
         """
-        if self.config.frozen_texts is None:
-            self.model.text_queries.freeze()
+        self.model.text_queries.freeze()
 
     def prepare_for_inference(self) -> "TqdmForSemanticSegmentation":
         """Makes the model fast, in place, and returns it in eval mode; scores stay within rounding (1e-4).
@@ -557,8 +590,7 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         """As in transformers; raises ValueError after `prepare_for_inference` and for names that cannot be loaded."""
         if self.is_fast:
             raise ValueError("prepare_for_inference() made this model for predicting only; load it again and save that")
-        if self.config.trained and None in self.config.rows_of(self.config.class_names):
-            self.config.check_rows()
+        self.config.check_loadable()
         super().save_pretrained(*args, **kwargs)
 
 

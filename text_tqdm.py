@@ -138,7 +138,10 @@ class ContextDecoder(nn.Module):
 
 
 class TextualQueries(nn.Module):
-    """One query per class: frozen text tower with a learned prompt, then the context decoder (section 3.2)."""
+    """One query per class: frozen text tower with a learned prompt, then the context decoder (section 3.2).
+
+    A table of given vectors, or stored embeddings, can stand for tower and prompt.
+    """
 
     def __init__(self, config: TqdmConfig):
         super().__init__()
@@ -148,6 +151,10 @@ class TextualQueries(nn.Module):
         self.gamma = nn.Parameter(torch.empty(embedding))
         if config.frozen_texts is not None:
             self.register_buffer("encoded", torch.empty(config.num_labels, embedding))  # (K, E)
+            return
+        if config.queries == "vectors":
+            self.register_buffer("text_vectors", torch.empty(len(config.class_vectors["names"]), embedding))  # (V, E)
+            self.set_texts(config)
             return
         self.text_tower = TqdmTextModel._from_config(config.text_config)
         # The learned prompt, or without class texts (ablation) a learned vector per class. Modules, not parameters, so
@@ -162,8 +169,12 @@ class TextualQueries(nn.Module):
     def set_texts(self, config: TqdmConfig) -> None:
         """Takes the token ids of the query texts and of the reference texts: K rows each, padded with zeros.
 
-        Lists, which no device and no loading of weights can lose. Raises ValueError as `token_table`.
+        Of given vectors it takes the numbers of their rows. Lists, which no device and no loading of weights can lose.
+        Raises ValueError as `token_table`.
         """
+        if config.queries == "vectors":
+            self.text_rows = [config.class_vectors["names"].index(text) for text in config.query_texts]
+            return
         self.token_ids, self.reference_token_ids = self.token_table(config), self.token_table(config, prompted=True)
 
     @staticmethod
@@ -191,6 +202,9 @@ class TextualQueries(nn.Module):
         if self.config.frozen_texts is not None:
             init.zeros_(self.encoded)
             return
+        if self.config.queries == "vectors":
+            init.normal_(self.text_vectors)  # until `use_class_vectors`
+            return
         if self.config.queries == "textual":
             init.trunc_normal_(self.prompt.weight, std=1.0, a=-2.0, b=2.0)
         # Here and not in the constructor: loading replaces the parameters and their requires_grad.
@@ -198,18 +212,28 @@ class TextualQueries(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> None:
-        """Replaces text tower and prompt by the result of `encode`."""
-        encoded = self.encode().detach().clone()
-        for part in ("text_tower", "prompt", "class_vectors"):
+        """Replaces text tower and prompt, where there are any, by the result of `encode`."""
+        if self.config.has_text_tower:
+            self._replace_tower("encoded", self.encode().detach().clone())
+            self.config.frozen_texts = list(self.config.query_texts)
+
+    def use_vectors(self, config: TqdmConfig, vectors: Tensor) -> None:
+        """Takes a table of vectors (V, E) for the texts of `config`, in the place of what encoded them."""
+        self._replace_tower("text_vectors", vectors.to(self.gamma.device, self.gamma.dtype))
+        self.set_texts(config)
+
+    def _replace_tower(self, name: str, values: Tensor) -> None:
+        for part in ("text_tower", "prompt", "class_vectors", "encoded", "text_vectors"):
             if hasattr(self, part):
                 delattr(self, part)
-        self.register_buffer("encoded", encoded)
-        self.config.frozen_texts = list(self.config.query_texts)
+        self.register_buffer(name, values)
 
     def encode(self) -> Tensor:
         """Text embeddings (K, E) of the prompted query texts, the same for every image."""
         if self.config.frozen_texts is not None:
             return self.encoded
+        if self.config.queries == "vectors":
+            return self.given_texts() * self.text_vectors.shape[1] ** 0.5  # entries of variance 1
         device = self._device()
         table = self.prompt if self.config.queries == "textual" else self.class_vectors
         rows = table(torch.arange(table.num_embeddings, device=device))
@@ -229,10 +253,19 @@ class TextualQueries(nn.Module):
 
         Raises ValueError once the texts are frozen.
         """
+        if self.config.queries == "vectors":
+            return self.given_texts()
         if self.config.frozen_texts is not None:
             raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
         reference_ids = torch.tensor(self.reference_token_ids).to(self._device(), non_blocking=True)  # (K, L)
         return F.normalize(self.text_tower(reference_ids), dim=-1)
+
+    def given_texts(self) -> Tensor:
+        """Unit-length rows (K, E) of the query texts in the table of given vectors, centred where that is asked for."""
+        vectors = F.normalize(self.text_vectors, dim=-1)  # (V, E)
+        if self.config.centre_class_vectors:
+            vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
+        return vectors[torch.tensor(self.text_rows).to(vectors.device, non_blocking=True)]
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:
         """visual (B, 1 + N, E) image and patch tokens; encoded: a stored result of `encode` -> queries (B, K, E)."""

@@ -31,11 +31,13 @@ from .training.options import AblateOptions, TrainOptions
 VARIANTS: dict[str, dict[str, Any]] = {
     "full model": {},
     "without text-to-pixel attention": {"no_text_attention": True},
-    "random queries instead of class texts": {"random_queries": True, "textual_weight": 0.0},
+    "random queries instead of class texts": {
+        "random_queries": True, "textual_weight": 0.0, "class_vectors": None, "centre_class_vectors": False,
+    },
     "without the textual regulariser": {"textual_weight": 0.0},
     "without the visual regulariser": {"visual_weight": 0.0},
     "without the score-map regulariser": {"score_map_weight": 0.0},
-}
+}  # fmt: skip
 
 
 @takes(AblateOptions)

@@ -113,9 +113,7 @@ def check_model_folder(folder: Path) -> dict[str, str]:
             )
         if name == "config.json":
             try:
-                config = TqdmConfig.from_dict(fields)
-                if config.trained and None in config.rows_of(config.class_names):
-                    config.check_rows()
+                TqdmConfig.from_dict(fields).check_loadable()
             except Exception as error:  # whatever the fields cause
                 raise ValueError(f"{folder / name}: {cut(error, 170)}; {_AGAIN}") from error
     if (folder / "adapter_config.json").is_file():

@@ -14,6 +14,7 @@ from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
+from ..data.class_vectors import ClassVectors, read_class_vectors
 from ..data.frames import FrameDataset, PlainRows
 from ..data.shards import check_same_labels
 from ..deploy.folder import from_pretrained, load_model
@@ -89,13 +90,17 @@ def build_model(
     """
     torch.manual_seed(options.seed)
     changes, id2label = _config_changes(options), dict(enumerate(classes))
+    table = None if options.class_vectors is None else read_class_vectors(options.class_vectors)
     if options.model in PRESETS:
-        net = TqdmForSemanticSegmentation(TqdmConfig.from_preset(options.model, id2label=id2label, **changes))
+        given = {} if table is None else _given_texts(table)
+        net = TqdmForSemanticSegmentation(TqdmConfig.from_preset(options.model, id2label=id2label, **given, **changes))
         processor = TqdmImageProcessor()
     elif (Path(options.model) / "config.json").is_file():
         net, processor = load_model(Path(options.model))
         if changes:  # some add weights, or have no use for others
-            net, _ = from_pretrained(TqdmForSemanticSegmentation, options.model, dtype=torch.float32, **changes)
+            net, _ = from_pretrained(
+                TqdmForSemanticSegmentation, options.model, dtype=torch.float32, ignore_mismatched_sizes=True, **changes
+            )
         if net.config.id2label != id2label:
             net.set_classes(id2label)
     else:
@@ -103,10 +108,18 @@ def build_model(
             f"--model {options.model} is no preset ({', '.join(sorted(PRESETS))}) and no folder with a "
             "config.json; name one of them"
         )
+    if table is not None:
+        net.use_class_vectors(torch.from_numpy(table.vectors), table.about, options.centre_class_vectors)
     if options.eval_size:
         shortest, longest = sorted(options.eval_size)
         processor.do_resize, processor.size = True, {"shortest_edge": shortest, "longest_edge": longest}
     return net, processor
+
+
+def _given_texts(table: ClassVectors) -> dict[str, Any]:
+    """Fields of a preset whose class texts are given: no text tower, and an image-text space of their width."""
+    width = {"projection_dim": table.vectors.shape[1]}
+    return {"queries": "vectors", "class_vectors": table.about, "vision_config": width, "text_config": width}
 
 
 def check_sizes(
@@ -131,6 +144,8 @@ def _config_changes(options: TrainOptions) -> dict[str, Any]:
         "score_map_loss_weight": options.score_map_weight,
         "text_to_pixel_attention": False if options.no_text_attention else None,
         "queries": "random" if options.random_queries else None,
+        "class_head": options.class_head,
+        "centre_class_vectors": True if options.centre_class_vectors and options.class_vectors is None else None,
     }
     return {name: value for name, value in changes.items() if value is not None}
 

@@ -22,8 +22,8 @@ def parameter_groups(
     """AdamW groups of the published recipe: vision tower, what has no decay, everything else; frozen ones left out.
 
     The vision tower learns at lr * vision_lr_mult with decay, its own norms included. Outside it a parameter whose
-    published name holds "norm" has no decay, and without `decay_embeddings` neither has one of `DECODER_EMBEDDINGS`;
-    every other one, biases and positions included, has.
+    published name holds "norm" has no decay, nor has the scale of a cosine class head, and without `decay_embeddings`
+    neither has one of `DECODER_EMBEDDINGS`; every other one, biases and positions included, has.
     """
     groups = {
         "vision": {"lr": lr * vision_lr_mult, "weight_decay": weight_decay},
@@ -33,7 +33,11 @@ def parameter_groups(
     members: dict[str, list[nn.Parameter]] = {name: [] for name in groups}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            without_decay = "norm" in name or (not decay_embeddings and name.endswith(DECODER_EMBEDDINGS))
+            without_decay = (
+                "norm" in name
+                or name.endswith("log_scale")
+                or (not decay_embeddings and name.endswith(DECODER_EMBEDDINGS))
+            )
             kind = "vision" if "vision_tower." in name else "no_decay" if without_decay else "rest"
             members[kind].append(parameter)
     return [

@@ -27,7 +27,7 @@ FREE_OPTIONS = (
     "overlays",
     "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
     "channels_last", "data", "eval_data", "model", "precision",
-    "class_set",
+    "class_set", "class_vectors",
 )  # fmt: skip
 
 # Numbers that must be above 0; all others may be 0.
@@ -127,6 +127,20 @@ class TrainOptions:
     lora_rank: int = _model(16, help="rank of the adapters of --vision lora")
     no_text_attention: bool = _model(False, help="ablation: no text-to-pixel attention in the pixel decoder")
     random_queries: bool = _model(False, help="ablation: learned random vectors instead of the class texts")
+    class_vectors: str | None = _model(
+        None,
+        metavar="NAME|FILE",
+        help="class texts given as vectors, without a text tower: clip_vit_b16 (171 names of COCO-Stuff), or an .npz "
+        "of names, vectors, model, source and licence; see docs/training.md",
+    )
+    centre_class_vectors: bool = _model(
+        False, help="subtract the mean of all class vectors: raw texts of CLIP lie close together"
+    )
+    class_head: Literal["linear", "cosine"] | None = _model(
+        None,
+        help="linear: weights per class (published); cosine: compares with the class texts, so that a trained model "
+        "takes new class names without training (default: the model's, linear)",
+    )
     class_weight: float | None = _model(None, help="weight of the class loss (default: the model's, 2)")
     mask_weight: float | None = _model(None, help="weight of the mask loss (default: the model's, 5)")
     dice_weight: float | None = _model(None, help="weight of the dice loss (default: the model's, 5)")
@@ -243,6 +257,8 @@ class TrainOptions:
                 raise ValueError(f"{_flag(name)} {value} must be {'0 or more' if lowest_is_zero else 'above 0'}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{_flag(name)} {value} is no finite number")
+        if self.random_queries and self.class_vectors is not None:
+            raise ValueError("--random-queries replaces the class texts that --class-vectors gives; use one of them")
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; it is where the rate ends")
         if self.ema >= 1:

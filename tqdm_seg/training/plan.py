@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from .. import __version__
+from ..data.class_vectors import vectors_path
 from ..data.files import check_out_folder, claim_folder, read_json, write_file
 from ..data.frames import FrameDataset, PlainRows
-from ..deploy.folder import identity
+from ..deploy.folder import file_sum, identity
 from ..evaluation.groups import flatten
 from .options import FREE_OPTIONS, PRESETS, TrainOptions
 from .sets import FrameSets
@@ -52,6 +53,7 @@ def run_facts(
         "identity": {
             "precision": precision,
             "start model": options.model if preset else identity(Path(options.model))["sha256"],
+            "class vectors": options.class_vectors and file_sum(vectors_path(options.class_vectors)),
             **{part: _content(frames) for part, frames in data.items()},
         },
         "versions": {name: _version(name) for name in _LIBRARIES},
