@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import is_tracing
 
 from .configuration_tqdm import TqdmConfig, TqdmTextConfig, quote
 from .layers_tqdm import FeedForward, TqdmAttention, TqdmBaseModel, additive_mask, initialise_clip_block
@@ -176,6 +177,7 @@ class TextualQueries(nn.Module):
             self.text_rows = [config.class_vectors["names"].index(text) for text in config.query_texts]
             return
         self.token_ids, self.reference_token_ids = self.token_table(config), self.token_table(config, prompted=True)
+        self._on_device: dict[tuple[bool, torch.device], Tensor] = {}  # these lists as tensors
 
     @staticmethod
     def token_table(config: TqdmConfig, prompted: bool = False) -> list[list[int]]:
@@ -239,13 +241,26 @@ class TextualQueries(nn.Module):
         rows = table(torch.arange(table.num_embeddings, device=device))
         if self.config.queries == "random":
             return rows
-        return self.text_tower(torch.tensor(self.token_ids).to(device, non_blocking=True), rows)  # ids (K, L)
+        return self.text_tower(self._ids(device), rows)
 
     def _device(self) -> torch.device:
         """Where token ids go; of offloaded weights it is known to accelerate's hooks alone, which move inputs there."""
         weight = self.text_tower.token_embedding.weight
         offloaded = weight.is_meta and hasattr(self.text_tower.token_embedding, "_hf_hook")
         return torch.device("cpu") if offloaded else weight.device
+
+    def _ids(self, device: torch.device, prompted: bool = False) -> Tensor:
+        """Token ids (K, L) of the query texts, or of the reference texts; copied to every device once."""
+        rows = self.reference_token_ids if prompted else self.token_ids
+        if is_tracing():
+            return torch.tensor(rows).to(device)
+        ids = self._on_device.get((prompted, device))
+        if ids is None:
+            with torch.inference_mode(False):  # training refuses tensors made in inference mode
+                ids = torch.tensor(rows).to(device, non_blocking=True)
+            if not is_tracing(ids):  # a FakeTensor serves its mode only
+                self._on_device[prompted, device] = ids
+        return ids
 
     @torch.no_grad()
     def encode_reference(self) -> Tensor:
@@ -257,8 +272,7 @@ class TextualQueries(nn.Module):
             return self.given_texts()
         if self.config.frozen_texts is not None:
             raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
-        reference_ids = torch.tensor(self.reference_token_ids).to(self._device(), non_blocking=True)  # (K, L)
-        return F.normalize(self.text_tower(reference_ids), dim=-1)
+        return F.normalize(self.text_tower(self._ids(self._device(), prompted=True)), dim=-1)
 
     def given_texts(self) -> Tensor:
         """Unit-length rows (K, E) of the query texts in the table of given vectors, centred where that is asked for."""

@@ -10,6 +10,7 @@ from conftest import micro_config, micro_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrize, prune
 from transformers import Trainer, TrainingArguments
 
@@ -103,6 +104,20 @@ def test_copies_are_the_model(model, images):
     expected = fast.segment(images)
     for copied in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
         assert torch.equal(copied.segment(images), expected)
+
+
+def test_token_ids_are_made_once_per_device_and_class_list(model, images, labels):
+    queries, cpu = model.model.text_queries, torch.device("cpu")
+    model.segment(images)  # in inference mode
+    ids = queries._ids(cpu)
+    assert queries._ids(cpu) is ids and ids.tolist() == queries.token_ids and not ids.is_inference()
+    model.train()(images, labels=labels).loss.backward()
+    assert queries._ids(cpu) is ids and queries._ids(torch.device("meta")).is_meta
+    with FakeTensorMode():
+        assert queries._ids(cpu, prompted=True).shape[0] == 3
+    copied = copy.deepcopy(model)
+    model.set_classes({0: "sky"})
+    assert len(queries._ids(cpu)) == 1 and copied.model.text_queries._ids(cpu).tolist() == ids.tolist()
 
 
 def test_in_double_precision(model, images, labels):
