@@ -100,13 +100,14 @@ class TqdmImageProcessor(TorchvisionBackend):
                 f"{len(target_sizes)} target_sizes for a batch of {len(logits)}; pass one (height, width) per image"
             )
         results = []
-        for scores, (height, width) in zip(logits, target_sizes, strict=True):
-            scores = F.interpolate(scores[None], (int(height), int(width)), mode="bilinear", align_corners=False)[0]
-            result = scores.argmax(0)  # (h, w)
+        for scores, target in zip(logits, target_sizes, strict=True):
+            size = (int(target[0]), int(target[1]))
             if return_segmentation_scores:
+                scores = _resize_scores(scores, size)
                 # BatchFeature is the parent of the library's class for this, which transformers 5.10 does not have.
-                result = BatchFeature({"segmentation": result, "segmentation_scores": scores})
-            results.append(result)
+                results.append(BatchFeature({"segmentation": scores.max(0).indices, "segmentation_scores": scores}))
+            else:
+                results.append(_best_classes(scores.detach(), size))
         return results
 
     def resize(
@@ -229,6 +230,29 @@ class TqdmImageProcessor(TorchvisionBackend):
         return labels
 
 
+def _resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """scores (K, H, W) -> (K, h, w), bilinear; the same tensor where they have this size."""
+    if scores.shape[-2:] == size:
+        return scores
+    return F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def _best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Ids (h, w) of the classes with the largest scores (K, H, W) at `size`.
+
+    One class at a time is resized: all of them at once are often the largest tensor of a prediction.
+    """
+    if scores.shape[-2:] == size:
+        return scores.max(0).indices  # on CPUs argmax would take four times as long
+    best = _resize_scores(scores[:1], size)[0]
+    ids = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    for index in range(1, len(scores)):
+        plane = _resize_scores(scores[index : index + 1], size)[0]  # (h, w)
+        ids.masked_fill_(plane > best, index)
+        torch.maximum(best, plane, out=best)
+    return ids
+
+
 def _image_list(images: ImageInput) -> list:
     """Single images of one, of nested lists, and of batches (B, ...) of rank 4."""
     if isinstance(images, (list, tuple)):
@@ -278,16 +302,44 @@ def _size_text(image: Tensor) -> str:
 
 
 class TqdmImageSegmentationPipeline(ImageSegmentationPipeline):
-    """transformers' pipeline, with images read by `as_rgb`; its own reader clips 16 bits and fractions to white.
+    """transformers' pipeline for this model: one mask per class that the image holds, `score` None.
 
-    What `pipeline(..., trust_remote_code=True)` makes of a model folder, see `TqdmConfig.custom_pipelines`.
+    Reads images by `as_rgb`; the library's reader clips 16 bits and fractions to white. Holds the scores of a part of
+    the image at a time. `threshold`, `mask_threshold` and `overlap_mask_area_threshold` are of other kinds of
+    segmentation and change nothing. What `pipeline(..., trust_remote_code=True)` makes of a model folder, see
+    `TqdmConfig.custom_pipelines`.
     """
 
-    def preprocess(
-        self, image: ImageInput | str, subtask: str | None = None, timeout: float | None = None
-    ) -> dict[str, Tensor | list[tuple[int, int]]]:
+    def _sanitize_parameters(self, subtask: str | None = None, **kwargs) -> tuple[dict, dict, dict]:
+        """Raises ValueError for other subtasks than "semantic"."""
+        if subtask not in (None, "semantic"):
+            raise ValueError(
+                f"Subtask {subtask} is not supported for model {type(self.model)}, which gives every pixel a class; "
+                'leave subtask out, or pass "semantic"'
+            )
+        return super()._sanitize_parameters(**kwargs)
+
+    def preprocess(self, image: ImageInput | str, timeout: float | None = None) -> BatchFeature:
         """Inputs of the model for one image, a path, URL or PIL image; raises as `as_rgb`."""
-        return super().preprocess(Image.fromarray(as_rgb(image, timeout=timeout)), subtask)
+        return super().preprocess(Image.fromarray(as_rgb(image, timeout=timeout)))
+
+    def _forward(self, model_inputs: BatchFeature) -> dict[str, Tensor | list]:
+        """Class ids (B, H, W) of images that were not resized, else scores."""
+        targets, size = model_inputs["target_size"], tuple(model_inputs["pixel_values"].shape[-2:])
+        # One [(height, width)], or a list of them for a batch.
+        if all(target in (size, [size]) for target in targets):
+            ids = self.model.segment_labels(model_inputs["pixel_values"])
+            return {"segmentation": ids, "target_size": targets}
+        return super()._forward(model_inputs)
+
+    def postprocess(self, model_outputs: dict[str, Tensor | list], **thresholds: float) -> list[dict]:
+        """Label and mask, mode "L" with 0 and 255, of every class in one image."""
+        ids = model_outputs.get("segmentation")
+        if ids is None:
+            ids = self.image_processor.post_process_semantic_segmentation(model_outputs, model_outputs["target_size"])
+        ids, names = ids[0].numpy(), self.model.config.id2label
+        masks = {index: (ids == index) * np.uint8(255) for index in np.unique(ids).tolist()}
+        return [{"score": None, "label": names[index], "mask": Image.fromarray(mask)} for index, mask in masks.items()]
 
 
 TqdmImageProcessor.register_for_auto_class()

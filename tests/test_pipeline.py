@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,16 @@ import torch
 from conftest import micro_model
 from PIL import Image
 from safetensors.torch import load_file
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import ImageFeatureExtractionPipeline, ImageSegmentationPipeline
 from transformers.dynamic_module_utils import get_imports, get_relative_import_files
 
+from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES
 from tqdm_seg.data.files import MARK, replace_folder
 from tqdm_seg.deploy.folder import save_model_folder
-from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor, TqdmImageSegmentationPipeline
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 ROOT = Path(__file__).parents[1]
@@ -179,6 +185,97 @@ def test_pipeline_in_batches_gives_what_it_gives_alone(user):
 def test_pipeline_reports_no_problem(user):
     lines = [line for line in user["printed"].splitlines() if "Loading weights" not in line]
     assert not [line for line in lines if any(word in line.lower() for word in ("not supported", "error", "warn"))]
+
+
+# ---- in this process, as transformers' own pipeline tests ask
+
+
+def segmenter(kind: type[ImageSegmentationPipeline], **options: object) -> ImageSegmentationPipeline:
+    """A pipeline of a micro model, large windows, 19 classes."""
+    model = micro_model(id2label=dict(enumerate(CITYSCAPES_CLASSES)), window_size=128, window_stride=100)
+    model.config.trained = True
+    return kind(model=model, image_processor=TqdmImageProcessor(**options))
+
+
+PIPELINES = [ImageSegmentationPipeline, TqdmImageSegmentationPipeline]
+THRESHOLDS = {"threshold": 0.0, "mask_threshold": 0, "overlap_mask_area_threshold": 0}
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_pipelines_take_every_kind_of_input_and_thresholds(kind):
+    pipe, path = segmenter(kind), PHOTOS[0]
+    photo = Image.open(path).resize((64, 40))
+    small = [photo.convert(mode) for mode in ("RGB", "RGBA", "LA", "L")]
+    alone = [pipe(image, **THRESHOLDS) for image in small]
+    for parts, image in zip(alone, small, strict=True):
+        assert parts and all(part["score"] is None and part["mask"].size == image.size for part in parts)
+        masks = np.stack([np.asarray(part["mask"]) for part in parts])
+        assert masks.dtype == np.uint8 and (masks.astype(int).sum(0) == 255).all()
+        labels = [part["label"] for part in parts]
+        assert set(labels) <= set(CITYSCAPES_CLASSES) and len(set(labels)) == len(labels)
+    assert pipe(small, batch_size=2) == alone == list(pipe(x for x in small)) == pipe(small, subtask="semantic")
+    assert [len(parts) > 0 for parts in pipe([str(path)] * 3, batch_size=2, **THRESHOLDS)] == [True] * 3
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("subtask", ["panoptic", "instance"])
+def test_pipelines_refuse_other_subtasks(kind, subtask):
+    with pytest.raises(ValueError, match=f"Subtask {subtask} is not supported for model .*TqdmForSemantic"):
+        segmenter(kind)(Image.new("RGB", (40, 40)), subtask=subtask)
+
+
+def test_both_pipelines_give_the_same_masks_also_of_resized_images():
+    for options in ({}, {"do_resize": True, "size": {"height": 90, "width": 150}}):
+        pipes = [segmenter(kind, **options) for kind in PIPELINES]
+        results = [pipe([PHOTOS[0].as_posix(), PHOTOS[1].as_posix()], batch_size=2) for pipe in pipes]
+        assert results[0] == results[1]
+
+
+def test_features_come_from_a_pipeline_too():
+    pipe = ImageFeatureExtractionPipeline(model=micro_model().model, image_processor=TqdmImageProcessor())
+    photo = Image.open(PHOTOS[0]).resize((64, 40))
+    assert np.shape(pipe(photo)) == (1, 3, 3, 4)  # class logits of every layer
+    assert len(pipe([photo, photo], batch_size=2)) == 2 and pipe(photo, return_tensors=True).shape == (1, 3, 3, 4)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Most bytes of tensors made inside that lived at one time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
+        self.live = {key: value for key, value in self.live.items() if not value[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize(("kind", "copies"), list(zip(PIPELINES, (1.5, 0.9), strict=True)))
+def test_the_scores_of_a_large_image_are_held_once_or_in_part(kind, copies):
+    image, pipe = Image.open(PHOTOS[0]).resize((640, 260)), segmenter(kind)
+    scores = 4 * 19 * 260 * 640
+    pipe.model.score = lambda windows, _: windows[:, :1].repeat(1, 19, 1, 1)  # without the memory of its layers
+    with PeakMemory() as memory:
+        parts = pipe(image)
+    assert parts and memory.peak < copies * scores
+
+
+@pytest.mark.parametrize("size", [(40, 50), (90, 70), (23, 31)])
+def test_resized_class_by_class_the_ids_are_the_argmax(size):
+    scores = (torch.randn(2, 19, 40, 50, generator=torch.Generator().manual_seed(0)) * 3).round()  # with ties
+    processor, outputs = TqdmImageProcessor(), SimpleNamespace(logits=scores.requires_grad_())
+    ids = processor.post_process_semantic_segmentation(outputs, [size] * 2)
+    resized = torch.nn.functional.interpolate(scores, size, mode="bilinear", align_corners=False)
+    assert torch.equal(torch.stack(ids), resized.argmax(1))
+    full = processor.post_process_semantic_segmentation(outputs, [size] * 2, return_segmentation_scores=True)
+    assert all(torch.equal(part["segmentation"], one) for part, one in zip(full, ids, strict=True))
+    assert torch.equal(torch.stack([part["segmentation_scores"] for part in full]), resized)
 
 
 def test_folder_holds_exactly_what_is_needed(folder):
