@@ -19,13 +19,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import micro_model
-from evaluation_helpers import CLASSES, OFFROAD, SIZE, model_of, offroad_frames, prepared_folder, roads, run
+from evaluation_helpers import CLASSES, OFFROAD, SIZE, blocks, model_of, offroad_frames, prepared_folder, roads, run
 from PIL import Image
 from shard_helpers import call, orfd, photo, prepare, save
 
 from tqdm_seg.commands import start
 from tqdm_seg.data.files import claim_folder
-from tqdm_seg.data.frames import FrameDataset, frame_loader
+from tqdm_seg.data.frames import Frame, FrameDataset, frame_loader
 from tqdm_seg.data.shards import read_manifest
 from tqdm_seg.evaluation import evaluate as evaluate_module
 from tqdm_seg.evaluation import metrics as metrics_module
@@ -33,8 +33,9 @@ from tqdm_seg.evaluation.counts import Scored, read_scored, read_table, save_bat
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.groups import read_attributes
 from tqdm_seg.evaluation.metrics import confusion_matrix, scores
-from tqdm_seg.evaluation.options import parse_set
+from tqdm_seg.evaluation.options import EvaluateOptions, parse_set
 from tqdm_seg.evaluation.protocol import PUBLISHED_BOXES, Protocol, predict
+from tqdm_seg.evaluation.saved import SavedPredictions
 from tqdm_seg.evaluation.sets import default_split
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -567,3 +568,132 @@ def test_missing_weights_are_not_made_up(model, data, tmp_path):
     )
     with pytest.raises(ValueError, match="query_positions"):
         run(folder, f"a={data}", tmp_path / "out")
+
+
+# -- other classes, saved predictions, data without an index --------------------------------------------
+
+
+def slow_ids(model: Path, frame: Frame) -> np.ndarray:
+    """Class ids (h, w) uint8 as the README predicts them."""
+    net, processor = load(model), TqdmImageProcessor.from_pretrained(model)
+    with torch.no_grad():
+        outputs = net(**processor(images=Image.fromarray(frame.image), return_tensors="pt"))
+    return processor.post_process_semantic_segmentation(outputs, target_sizes=[frame.labels.shape])[0].numpy()
+
+
+def test_common_classes_are_matched_by_name_and_the_others_are_named(model, data, offroad, tmp_path, capsys):
+    names = ["tree", "Sky", "road"]  # the model has road, traffic light, sky
+    labels = np.zeros(SIZE, np.uint8)
+    labels[10:], labels[20:, 30:], labels[:8, :8] = 2, 0, 255
+    save(tmp_path / "images" / "val" / "0.png", blocks(0))
+    save(tmp_path / "masks" / "val" / "0.png", labels)
+    (tmp_path / "classes.txt").write_text("\n".join(names))
+    prepare(
+        "folder", *(tmp_path / name for name in ("images", "set", "masks")), "--class-file", tmp_path / "classes.txt"
+    )
+    source = f"new={tmp_path / 'set'}"
+    results = run(model, source, tmp_path / "out", "--class-set", "common")
+    found, ids = results["sets"]["new"], slow_ids(model, FrameDataset(str(tmp_path / "set"), "validation")[0])
+    matrix = np.zeros((2, 3), int)  # of Sky and road; predicted traffic lights are none of them
+    for true, predicted in zip(labels.ravel().tolist(), ids.ravel().tolist(), strict=True):
+        if true in (1, 2):
+            matrix[true - 1, {2: 0, 0: 1}.get(predicted, 2)] += 1
+    assert found["matrix"] == matrix.tolist() and matrix[1].min() > 0 and list(found["iou"]) == ["Sky", "road"]
+    labels_of = found["protocol"]["labels"]
+    assert labels_of["classes"] == {"0": "Sky", "1": "road"}
+    assert labels_of["left_out"] == {"predictions": ["traffic light"], "data": ["tree"]}
+    printed = capsys.readouterr().out
+    assert "(mean over 2 common classes)" in printed and "Without a pixel in the ground truth: Sky." in printed
+    assert "pixels of tree" in printed and "no such class: traffic light" in printed
+    both = run(model, source, tmp_path / "both", "--data", f"roads={data}", "--class-set", "common")
+    assert both["mean"]["over"] == "2 common classes" and both["sets"]["new"]["matrix"] == found["matrix"]
+    for more in ((), ("--data", f"orfd={offroad}", "--class-set", "common")):
+        with pytest.raises(ValueError, match="--class-set common"):
+            run(model, source, tmp_path / "new", *more)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(model, data, tmp_path_factory) -> Path:
+    """The model's predictions as another program saves them: file names alone."""
+    folder = tmp_path_factory.mktemp("saved")
+    for frame in frame_loader(FrameDataset(str(data), "validation"), 0):
+        save(folder / f"{Path(frame.key).stem}.png", slow_ids(model, frame).astype(np.uint8))
+    return folder
+
+
+def evaluate_saved(folder: Path, data: Path, out: Path, *more: str) -> dict:
+    return call("evaluate", "--predictions", folder, "--data", f"roads={data}", "--out", out, "--workers", 0, *more)
+
+
+def test_saved_predictions_get_the_same_tables_and_figures_as_their_model(data, finished, saved, tmp_path, capsys):
+    results = evaluate_saved(saved, data, tmp_path / "out")
+    before = json.loads((finished / "results.json").read_text())["sets"]["roads"]
+    figures = [name for name in before if name not in ("protocol", "views")]
+    assert {name: results["sets"]["roads"][name] for name in figures} == {name: before[name] for name in figures}
+    a, b = (read_table(out / "roads.parquet") for out in (finished, tmp_path / "out"))
+    assert a.frames == b.frames and a.scenes == b.scenes and np.array_equal(a.counts, b.counts)
+    printed = capsys.readouterr().out
+    assert "predictions saved by another program" in printed and f"Saved predictions: {saved}." in printed
+    again = evaluate_saved(saved, data, tmp_path / "out", "--class-set", "road,sky")
+    assert again["sets"]["roads"]["miou_classes"] == 2
+    evaluate_saved(saved, data, tmp_path / "other", "--class-names", "sky,road,traffic light", "--class-set", "common")
+    other = read_table(tmp_path / "other" / "roads.parquet")
+    assert np.array_equal(other.counts[:, :, :3], a.counts[:, :, [1, 2, 0]])  # id 0 is sky there, 1 road
+    assert start("report", [str(tmp_path / "out")]) == 0
+
+
+def test_a_bad_saved_prediction_is_named_and_nothing_is_written(data, saved, tmp_path):
+    for kind, words in {
+        "missing": r"val/a/1.png.*1\.png",
+        "size": r"1\.png.*39x48.*40x48",
+        "value": r"1\.png.*\b7\b.*0 to 2",
+        "colours": r"1\.png.*colours",
+        "damaged": r"1\.png",
+    }.items():
+        folder = tmp_path / kind
+        shutil.copytree(saved, folder)
+        path = folder / "1.png"
+        ids = np.array(Image.open(path))
+        if kind == "missing":
+            path.unlink()
+        elif kind == "damaged":
+            path.write_bytes(path.read_bytes()[:60])
+        else:
+            ids[3, 4] = 7
+            save(path, {"size": ids[1:], "value": ids, "colours": ids[..., None].repeat(3, -1)}[kind])
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            evaluate_saved(folder, data, tmp_path / "out")
+    with pytest.raises(ValueError, match="fits 2 frames"):
+        SavedPredictions.of(saved, ["a/1.png", "b/1.png"], CLASSES)
+    for more in ({}, {"model": "x", "predictions": saved}, {"predictions": saved, "window": 16}):
+        with pytest.raises(ValueError, match="--predictions"):
+            EvaluateOptions(data=(f"roads={data}",), **more)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_without_an_index_get_the_same_figures(model, data, finished, tmp_path, monkeypatch):
+    before = json.loads((finished / "results.json").read_text())["sets"]["roads"]
+    out, more = tmp_path / "out", ("--no-index", "--save-every-frames", "2")
+    counted, scored = evaluate_module.frame_counts, []
+
+    def stop(*given):
+        scored.append(given[2].row)
+        if len(scored) == 4:
+            raise KeyboardInterrupt
+        return counted(*given)
+
+    monkeypatch.setattr(evaluate_module, "frame_counts", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, f"roads={data}", out, *more)
+    found = run(model, f"roads={data}", out, *more)["sets"]["roads"]
+    assert scored == [0, 1, 2, 3, 2, 3, 4]  # two were saved
+    figures = [name for name in before if name not in ("protocol", "data")]
+    assert {name: found[name] for name in figures} == {name: before[name] for name in figures}
+    same = {name for name, value in before["protocol"].items() if found["protocol"][name] == value}
+    assert before["protocol"].keys() - same == {"labels"}
+    assert np.array_equal(read_table(out / "roads.parquet").counts, read_table(finished / "roads.parquet").counts)
+    for wrong in (("--label-column", "nosuch"), ("--class-names", "road")):
+        with pytest.raises(ValueError, match="nosuch|ids"):
+            run(model, f"roads={data}", tmp_path / "new", *more, *wrong)
+    assert not (tmp_path / "new").exists()

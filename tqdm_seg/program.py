@@ -34,8 +34,8 @@ _MISSING = dataclasses.MISSING
 def option(default: Any = _MISSING, *, help: str, group: str | None = None, **argument: Any) -> Any:
     """A field of an options class; `argument` is for argparse's `add_argument`, where the field's type does not say it.
 
-    Without a default it is required: a positional argument, unless `flag=True`. The help gets "(default: ...)", unless
-    it speaks of a default itself. A field `from_` is the option `--from`.
+    Without a default it is required: a positional argument, unless `flag=True`; `positional=True` is for one that may
+    be left out. The help gets "(default: ...)", unless it speaks of a default itself. A field `from_` is `--from`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, **argument})
 
@@ -133,6 +133,7 @@ def parser_of(options: type, description: str | None, prog: str | None = None) -
         argument = dict(field.metadata)
         argument["help"] = re.sub(r"%(?![(%])", "%%", argument["help"])
         title, flag = argument.pop("group"), argument.pop("flag", False)
+        optional = {"nargs": "?", "default": field.default} if argument.pop("positional", False) else {}
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         add = groups[title].add_argument
@@ -141,8 +142,8 @@ def parser_of(options: type, description: str | None, prog: str | None = None) -
         if "type" in argument:  # it takes the whole text
             guessed.pop("nargs", None)
         argument = guessed | argument
-        if required and not flag:
-            add(field.name, **({"metavar": field.name.upper()} | argument))
+        if (required and not flag) or optional:
+            add(field.name, **({"metavar": field.name.upper()} | optional | argument))
             continue
         if "choices" not in argument and argument.get("action", "extend") == "extend":
             argument.setdefault("metavar", _metavar(field.name, argument))

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .files import cut
 from .images import decode_rgb, decode_unchanged, read_rgb
-from .label_maps import IGNORE_INDEX, LabelMap
+from .label_maps import LabelMap, as_stored
 from .shards import check_shards_exist, read_frame, read_index
 
 # A set smaller than this is kept decoded in memory, once per loader process.
@@ -65,6 +65,10 @@ class FrameDataset(Dataset):
         pixels = decode_rgb(image, f"image {self.keys[row]} of {self.folder}")
         return Frame(self.keys[row], self.scenes[row], pixels, decode_unchanged(label))
 
+    def labels(self, row: int) -> np.ndarray:
+        """The labels (H, W) uint8 of a frame, its image not decoded."""
+        return decode_unchanged(read_frame(self.index, row)[1])
+
 
 def frame_loader(
     frames: "FrameDataset | PlainRows", workers: int, process: int = 0, processes: int = 1
@@ -105,8 +109,7 @@ class PlainRows:
 
     @property
     def _ids(self) -> LabelMap:
-        table = tuple((i, i) for i in (*range(len(self.classes)), IGNORE_INDEX))
-        return LabelMap("ids/as_they_are", self.classes, "values", table, "labels hold class ids; 255 is ignored")
+        return as_stored(self.classes)
 
     def rows(self, process: int = 0, processes: int = 1, shuffle_seed: int | None = None) -> Iterator[dict[str, Any]]:
         """Undecoded rows of one process: of one epoch, or with a seed endless, in another order every epoch.

@@ -9,6 +9,7 @@ tqdm, DAFormer, RobustNet, Rein and OFF-Net.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -155,6 +156,12 @@ def _read_values(content: bytes, reading: Reading) -> np.ndarray:
     if image.mode == "L" and bits < 8:
         return pixels // (255 // (2**bits - 1))  # Pillow stretches 2- and 4-bit grey over 0 ... 255
     return pixels.astype(np.uint16 if bits == 16 else np.uint8)  # 1-bit grey is read as bool
+
+
+def as_stored(classes: Sequence[str]) -> LabelMap:
+    """The map of files whose values are the ids of these classes, 255 ignored."""
+    table = tuple((i, i) for i in (*range(len(classes)), IGNORE_INDEX))
+    return LabelMap("ids/as_they_are", tuple(classes), "values", table, "labels hold class ids; 255 is ignored")
 
 
 # Compressions of TIFF that change values, as Pillow names them.

@@ -342,19 +342,23 @@ def shard_name(split: str, number: int, total: int) -> str:
     return f"data/{split}-{number:05d}-of-{total:05d}.parquet"
 
 
-def check_same_labels(manifests: Sequence[dict[str, Any]]) -> None:
-    """Raises ValueError unless all datasets have the same classes, and one variant of every kind of label map."""
-    variants: dict[str, dict[str, Any]] = {}
+def check_same_labels(manifests: Sequence[dict[str, Any]], same_classes: bool = True) -> None:
+    """Raises ValueError unless all datasets have the same classes, and one variant of every kind of label map.
+
+    same_classes: False allows other classes in maps of different kinds.
+    """
+    variants: dict[tuple[str, ...], dict[str, Any]] = {}
     decisions: dict[str, tuple[str, str]] = {}
     for manifest in manifests:
         first = manifests[0]
-        if manifest["classes"] != first["classes"]:
+        if same_classes and manifest["classes"] != first["classes"]:
             raise ValueError(
                 f"{manifest['dataset']} has the classes {', '.join(manifest['classes'])}, {first['dataset']} has "
                 f"{', '.join(first['classes'])}; datasets of different class lists cannot be used together"
             )
         label_map = manifest["label_map"]
-        other = variants.setdefault(label_map["name"].split("/")[0], label_map)
+        kind = label_map["name"].split("/")[0]
+        other = variants.setdefault((kind, *([] if same_classes else manifest["classes"])), label_map)
         if other["sha256"] != label_map["sha256"]:
             raise ValueError(
                 f"{manifest['dataset']} was prepared under the label maps {other['name']} and {label_map['name']}; "

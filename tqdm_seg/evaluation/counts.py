@@ -26,7 +26,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -384,31 +384,49 @@ def _read_facts(text: bytes, where: str) -> dict[str, Any]:
 
 
 class Scored(NamedTuple):
-    """Numbers (N,) int64 of frames in their index, and their counts (N, K, K + 1) int64."""
+    """Numbers (N,) int64 of frames in their set, and their counts (N, K, K + 1) int64.
+
+    about (N, 4) str: key, scene, height, width of frames that no index names, else None.
+    """
 
     rows: np.ndarray
     counts: np.ndarray
+    about: np.ndarray | None = None
 
 
 def save_batch(folder: Path, batch: Scored) -> None:
     """Writes a file of a batch, whole or not at all, named after its first frame; no other process has that frame."""
     content = io.BytesIO()
-    np.savez(content, **batch._asdict())
+    np.savez(content, **{name: part for name, part in batch._asdict().items() if part is not None})
     write_file(folder / f"{batch.rows[0]:08d}.npz", content.getvalue())
 
 
-def read_scored(folder: Path, num_frames: int, num_classes: int) -> Scored:
-    """All batches in a folder, in the order of the frames; raises ValueError for frames that cannot be."""
-    rows, counts = [np.empty(0, np.int64)], [np.empty((0, num_classes, num_classes + 1), np.int64)]
+def read_scored(folder: Path, num_frames: int | None, num_classes: int) -> Scored:
+    """All batches in a folder, as `join_scored`."""
+    batches = []
     for path in sorted(folder.glob("[0-9]*.npz")):
         with np.load(path) as batch:
-            rows.append(batch["rows"])
-            counts.append(batch["counts"])
+            batches.append(Scored(**batch))
+    try:
+        return join_scored(batches, num_frames, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{folder} {error}: two programs wrote there; delete it, evaluate again") from error
+
+
+def join_scored(batches: Iterable[Scored], num_frames: int | None, num_classes: int) -> Scored:
+    """The frames of all batches in their order; raises ValueError for frames that cannot be.
+
+    num_frames: of the set, None where no index tells.
+    """
+    rows, counts, about = [np.empty(0, np.int64)], [np.empty((0, num_classes, num_classes + 1), np.int64)], []
+    for batch in batches:
+        rows.append(batch.rows)
+        counts.append(batch.counts)
+        about += [] if batch.about is None else [batch.about]
     found = np.concatenate(rows)
     order = np.argsort(found)
     found = found[order]
-    if len(np.unique(found)) < len(found) or len(found) and not 0 <= found[0] <= found[-1] < num_frames:
-        raise ValueError(
-            f"{folder} holds other frames or some twice: two programs wrote there; delete it, evaluate again"
-        )
-    return Scored(found, np.concatenate(counts)[order])
+    impossible = num_frames is not None and len(found) and not 0 <= found[0] <= found[-1] < num_frames
+    if len(np.unique(found)) < len(found) or impossible:
+        raise ValueError("holds other frames or some twice")
+    return Scored(found, np.concatenate(counts)[order], np.concatenate(about)[order] if about else None)

@@ -14,8 +14,9 @@ if __name__ == "__main__":
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,15 @@ from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_copy, ready_to_predict, restore_arithmetic, use_huge_pages
 from ..program import takes
-from .class_sets import class_set
-from .counts import FrameTable, Scored, read_scored, read_table, save_batch, write_table
+from .class_sets import class_set, renumbering
+from .counts import FrameTable, Scored, join_scored, read_scored, read_table, save_batch, write_table
 from .figures import closing_lines, group_csv, mean_results, set_lines, set_results
 from .groups import flatten, read_attributes
 from .metrics import confusion_matrix, scores
-from .options import EvaluateOptions, parse_sets
-from .protocol import PUBLISHED_SCALES, Protocol, check_view_sizes, predict
-from .sets import EvaluationSet, Sample, Samples, check_classes, frame_attributes, open_sets
+from .options import EvaluateOptions
+from .protocol import PUBLISHED_SCALES, Protocol, check_view_sizes, frame_sizes, predict
+from .saved import SavedPredictions
+from .sets import EvaluationSet, Sample, Samples, default_names, frame_attributes, left_out, open_sets, rows_to_score
 
 # -- for training ---------------------------------------------------------------------------------------
 
@@ -87,8 +89,8 @@ def score_frames(
 
     matrix = accelerator.reduce(matrix, "sum")
     sizes = sum(gather_object([sizes]), Counter())
-    protocol = Protocol.of(processor).describe(model.config, label_map, sizes, precision)
     names = model.config.class_names
+    protocol = Protocol.of(processor).describe(model.config, names, label_map, sizes, precision)
     if chosen := class_set(class_set_name, names):
         protocol["class_set"] = {"name": class_set_name, "classes": list(chosen)}
     return {**scores(matrix.cpu(), names, chosen), "protocol": protocol}
@@ -107,39 +109,49 @@ def number_format(accelerator: Accelerator) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluation that is known to be possible. plan: all that its counts depend on, ready for JSON."""
+    """An evaluation that is known to be possible.
 
-    model: TqdmForSemanticSegmentation
-    processor: TqdmImageProcessor
+    model, processor: None where predictions were saved before; saved: those of every set. names: what the predicted ids
+    mean. attributes: of the frames of every set with an index. plan: all that the counts depend on, ready for JSON.
+    """
+
+    model: TqdmForSemanticSegmentation | None
+    processor: TqdmImageProcessor | None
+    saved: dict[str, SavedPredictions]
+    names: list[str]
     sets: list[EvaluationSet]
     attributes: dict[str, dict[str, list[str]]]
     plan: dict[str, Any]
 
 
 def open_evaluation(options: EvaluateOptions) -> Evaluation:
-    """Model and data of the options; raises ValueError or OSError for all that cannot be evaluated."""
-    folder = model_folder(options.model)
-    model, processor = load_model(folder)
-    set_windows(model, options.window, options.stride, options.window_batch)
-    protocol = replace(Protocol.of(processor), offnet=options.offnet)
+    """Model or predictions, and data of the options; raises ValueError or OSError for all that cannot be evaluated."""
+    model, processor, saved = None, None, {}
+    if options.model:
+        model, processor = load_model(model_folder(options.model))
+        set_windows(model, options.window, options.stride, options.window_batch)
+    names = model.config.class_names if model else default_names(options)
+    protocol = replace(Protocol.of(processor) if processor else Protocol(), offnet=options.offnet)
     if options.aug_test:
         protocol = replace(protocol, scales=PUBLISHED_SCALES, flip=True, softmax_views=True)
-    sets = open_sets(parse_sets(options.data), protocol, options.protocol, options.size)
+    sets = open_sets(options, protocol, names)
     for chosen in sets:
-        check_classes(model.config.class_names, chosen)
-        check_view_sizes(model, chosen.frames, chosen.protocol)
-    class_set(options.class_set, model.config.class_names)
-    attributes = {chosen.name: {} for chosen in sets}
-    if options.attributes:
-        attributes = attributes_of(sets, options.attributes, options.by)
-    planned = {}
-    for chosen in sets:
-        facts = chosen.facts
-        asked = chosen.protocol.describe(model.config, chosen.frames.label_map, chosen.sizes, options.precision)
-        data = {name: facts[name] for name in ("dataset", "split")}
-        planned[chosen.name] = {"protocol": {"data": data, **asked}, "index_sha256": facts["index_sha256"]}
-    plan = {"model": identity(folder), "window_batch": model.config.window_batch_size, "sets": planned}
-    return Evaluation(model, processor, sets, attributes, json.loads(json.dumps(plan)))
+        if model:
+            check_view_sizes(model, chosen.frames, chosen.protocol)
+        else:
+            saved[chosen.name] = open_predictions(options, chosen, names)
+    class_set(options.class_set, sets[0].classes)
+    attributes = attributes_of(sets, options.attributes, options.by) if options.attributes else {}
+    evaluation = Evaluation(model, processor, saved, names, sets, attributes, {})
+    return replace(evaluation, plan=make_plan(evaluation, options))
+
+
+def open_predictions(options: EvaluateOptions, chosen: EvaluationSet, names: Sequence[str]) -> SavedPredictions:
+    """The saved predictions of a set: in DIR, or DIR/NAME if there is such a folder; raises as `SavedPredictions`."""
+    own = options.predictions / chosen.name
+    saved = SavedPredictions.of(own if own.is_dir() else options.predictions, chosen.frames.keys, names)
+    saved.check_sizes(dict(frame_sizes(chosen.frames)))
+    return saved
 
 
 def attributes_of(sets: list[EvaluationSet], path: Path, by: tuple[str, ...] | None) -> dict[str, dict[str, list[str]]]:
@@ -150,6 +162,36 @@ def attributes_of(sets: list[EvaluationSet], path: Path, by: tuple[str, ...] | N
     if not any(found.values()):
         raise ValueError(f"{path} has nothing to group by for any scene of the sets; compare the names of the scenes")
     return found
+
+
+def make_plan(evaluation: Evaluation, options: EvaluateOptions) -> dict[str, Any]:
+    """All that the counts of an evaluation depend on, ready for JSON."""
+    config, planned = evaluation.model and evaluation.model.config, {}
+    for chosen in evaluation.sets:
+        sizes = chosen.sizes or Counter(size for _, size in frame_sizes(chosen.frames))
+        protocol = describe(evaluation, chosen, sizes, options.precision)
+        planned[chosen.name] = {"protocol": protocol, "index_sha256": chosen.facts["index_sha256"]}
+        if not chosen.indexed:  # not all sizes are known yet
+            asked = [chosen.place, chosen.frames.image, chosen.frames.label, config.window_size, config.window_stride]
+            planned[chosen.name]["asked"] = asked
+    made_by = (
+        identity(model_folder(options.model)) if options.model
+        else {"sha256": {n: found.digest() for n, found in evaluation.saved.items()}, "commit": None, "version": None}
+    )  # fmt: skip
+    plan = {"model": made_by, "window_batch": config and config.window_batch_size, "sets": planned}
+    return json.loads(json.dumps(plan))
+
+
+def describe(
+    evaluation: Evaluation, chosen: EvaluationSet, sizes: Counter[tuple[int, int]], precision: str
+) -> dict[str, Any]:
+    """The protocol of a set, ready for JSON; sizes: how many frames of each (height, width) there are."""
+    data = {name: chosen.facts[name] for name in ("dataset", "split")}
+    config, label_map = evaluation.model and evaluation.model.config, chosen.frames.label_map
+    asked = chosen.protocol.describe(config, chosen.classes, label_map, sizes, precision)
+    if others := left_out(evaluation.names, chosen):
+        asked["labels"]["left_out"] = others
+    return json.loads(json.dumps({"data": data, **asked}))
 
 
 def check_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -172,41 +214,65 @@ def score_set(
     evaluation: Evaluation, chosen: EvaluationSet, folder: Path, accelerator: Accelerator, options: EvaluateOptions
 ) -> None:
     """Scores this process's share of the frames that are not scored yet, and saves their counts batch by batch."""
-    done = read_scored(folder, len(chosen.frames), len(chosen.frames.classes))
+    done = read_scored(folder, chosen.length, len(chosen.classes))
     check_ground_truth(chosen, done)
     accelerator.wait_for_everyone()  # all have seen the same frames done
-    rows = np.setdiff1d(np.arange(len(chosen.frames)), done.rows)
-    rows = rows[accelerator.process_index :: accelerator.num_processes].tolist()
+    process, processes = accelerator.process_index, accelerator.num_processes
+    rows = rows_to_score(chosen, done.rows, process, processes)
+    for batch in scored_batches(evaluation, chosen, rows, len(done.rows), options, accelerator):
+        save_batch(folder, batch)
+
+
+def scored_batches(
+    evaluation: Evaluation, chosen: EvaluationSet, rows: Iterable[Any], done: int, options: EvaluateOptions,
+    accelerator: Accelerator,
+) -> Iterator[Scored]:  # fmt: skip
+    """The counts of these items of `Samples`, batch by batch; done: frames that are scored already."""
+    source = evaluation.processor or evaluation.saved[chosen.name]
+    remaining = chosen.length and len(range(accelerator.process_index, chosen.length - done, accelerator.num_processes))
     loader = DataLoader(
-        Samples(chosen, evaluation.processor), batch_size=None, sampler=rows,
-        num_workers=min(options.workers, len(rows)), pin_memory=accelerator.device.type == "cuda",
+        Samples(chosen, source), batch_size=None, sampler=rows, pin_memory=accelerator.device.type == "cuda",
+        num_workers=options.workers if remaining is None else min(options.workers, remaining),
     )  # fmt: skip
-    pending: list[tuple[int, Tensor]] = []
-    bar = tqdm(loader, chosen.name, len(rows), unit="frame", disable=not accelerator.is_main_process)
-    for number, sample in enumerate(bar, 1):
-        pending.append((sample.row, frame_counts(evaluation, chosen, sample)))
-        if number % options.save_every_frames == 0 or number == len(rows):
-            numbers, counts = zip(*pending, strict=True)
-            batch = Scored(np.array(numbers), torch.stack(counts).cpu().numpy())
-            check_ground_truth(chosen, batch)
-            save_batch(folder, batch)
-            pending.clear()
+    bar = tqdm(loader, chosen.name, remaining, unit="frame", disable=not accelerator.is_main_process)
+    samples = iter(bar)
+    while batch := [
+        (sample, frame_counts(evaluation, chosen, sample)) for sample in islice(samples, options.save_every_frames)
+    ]:
+        counts = torch.stack([counted for _, counted in batch]).cpu().numpy()
+        about = [(sample.key, sample.scene, *sample.ground_truth.shape) for sample, _ in batch]
+        numbers = np.array([sample.row for sample, _ in batch])
+        scored = Scored(numbers, counts, None if chosen.indexed else np.array(about, str))
+        check_ground_truth(chosen, scored)
+        yield scored
 
 
 def frame_counts(evaluation: Evaluation, chosen: EvaluationSet, sample: Sample) -> Tensor:
     """Counts (K, K + 1) of one frame on the model's device, without waiting for it."""
-    model = evaluation.model
-    key, size = chosen.frames.keys[sample.row], sample.ground_truth.shape
-    ids = predict(model, evaluation.processor, sample.views, size, chosen.protocol, key)
-    labels = sample.ground_truth.to(model.device, non_blocking=True)
-    return confusion_matrix(ids, labels, model.config.num_labels, IGNORE_INDEX, check=False)
+    ids, model = sample.views[0], evaluation.model
+    if model:
+        size = sample.ground_truth.shape
+        ids = predict(model, evaluation.processor, sample.views, size, chosen.protocol, sample.key)
+    if evaluation.names != chosen.classes:
+        ids = torch.from_numpy(renumbering(evaluation.names, chosen.classes)).to(ids.device)[ids.long()]
+    labels = sample.ground_truth.to(ids.device, non_blocking=True)
+    return confusion_matrix(ids, labels, len(chosen.classes), IGNORE_INDEX, check=False)
+
+
+def score_saved(evaluation: Evaluation, options: EvaluateOptions, accelerator: Accelerator) -> dict[str, Scored]:
+    """The counts of all sets of saved predictions, in memory: a bad file is an error before anything is written."""
+    found = {}
+    for chosen in evaluation.sets:
+        batches = scored_batches(evaluation, chosen, rows_to_score(chosen, []), 0, options, accelerator)
+        found[chosen.name] = join_scored(batches, chosen.length, len(chosen.classes))
+    return found
 
 
 def check_ground_truth(chosen: EvaluationSet, scored: Scored) -> None:
     """Raises ValueError unless every frame has as many pixels of every class as its index says."""
-    if chosen.protocol.offnet:
+    if chosen.protocol.offnet or not chosen.indexed:
         return  # shrinking changes the counts
-    wrong = (scored.counts.sum(2) != chosen.frames.index.class_pixels[scored.rows]).any(1)
+    wrong = (scored.counts.sum(2) != chosen.class_pixels[scored.rows]).any(1)
     if wrong.any():
         folder, key = chosen.frames.folder, chosen.frames.keys[scored.rows[wrong.argmax()]]
         raise ValueError(
@@ -214,19 +280,25 @@ def check_ground_truth(chosen: EvaluationSet, scored: Scored) -> None:
         )
 
 
-def frame_table(evaluation: Evaluation, chosen: EvaluationSet, folder: Path) -> FrameTable:
-    """The counts of every frame, in the order of the index; raises ValueError if any is missing."""
-    frames = chosen.frames
-    scored = read_scored(folder, len(frames), len(frames.classes))
-    if len(scored.rows) != len(frames):
-        raise ValueError(f"{folder} has {len(scored.rows)} of {len(frames)} frames; can all processes write there?")
+def frame_table(evaluation: Evaluation, chosen: EvaluationSet, scored: Scored, options: EvaluateOptions) -> FrameTable:
+    """The counts of every frame, in the order of the set; raises ValueError if any is missing."""
+    number = len(scored.rows)
+    if number != (chosen.length or number) or scored.rows.tolist() != list(range(number)):
+        raise ValueError(f"{options.out} has {number} of the frames of {chosen.name}; can all processes write there?")
+    if scored.about is None:
+        keys, scenes, sizes = chosen.frames.keys, chosen.frames.scenes, chosen.sizes
+    else:
+        keys, scenes, *sides = scored.about.T.tolist()
+        sizes = Counter(zip(*(map(int, side) for side in sides), strict=True))
+        if len({*keys}) < number:
+            keys = [f"{row}/{key}" for row, key in enumerate(keys)]
     return FrameTable(
-        frames=frames.keys,
-        scenes=[scene or "(no scene)" for scene in frames.scenes] if any(frames.scenes) else frames.scenes,
+        frames=keys,
+        scenes=[scene or "(no scene)" for scene in scenes] if any(scenes) else scenes,
         attributes={},
         counts=scored.counts,
-        classes=frames.classes,
-        protocol=evaluation.plan["sets"][chosen.name]["protocol"],
+        classes=chosen.classes,
+        protocol=describe(evaluation, chosen, sizes, options.precision),
     )
 
 
@@ -235,7 +307,7 @@ def finished_table(chosen: EvaluationSet, out: Path) -> FrameTable:
     path = out / f"{chosen.name}.parquet"
     table, results = read_table(path), read_json(out / "results.json", ["sets"])
     matrix = results["sets"].get(chosen.name, {}).get("matrix")
-    if table.frames != chosen.frames.keys or table.counts.sum(0).tolist() != matrix:
+    if (chosen.indexed and table.frames != chosen.frames.keys) or table.counts.sum(0).tolist() != matrix:
         raise ValueError(f"{path} is not the table that {out / 'results.json'} is of; evaluate into another --out")
     check_ground_truth(chosen, Scored(np.arange(len(table.frames)), table.counts))
     return table
@@ -246,8 +318,8 @@ def write_set(
 ) -> dict[str, Any]:
     """Writes the files of a set, prints its figures; returns its part of results.json."""
     out = options.out
-    table = replace(table, attributes=evaluation.attributes[chosen.name]).with_class_set(options.class_set)
-    data = {"path": chosen.frames.folder, **chosen.facts}
+    table = replace(table, attributes=evaluation.attributes.get(chosen.name, {})).with_class_set(options.class_set)
+    data = {"path": chosen.place, **chosen.facts}
     results = {**set_results(table), "data": data, "views": asdict(chosen.protocol)}
     write_table(out / f"{chosen.name}.parquet", table)
     write_file(out / f"{chosen.name}_groups.csv", group_csv(results).encode())
@@ -275,27 +347,34 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     try:
         evaluation = open_evaluation(options)
         check_plan(out, evaluation.plan)
+        scored = score_saved(evaluation, options, accelerator) if options.predictions and main_process else {}
     except (OSError, ValueError):
         if main_process:
             raise
         raise SystemExit(1) from None  # the first process says why
-    finished = (out / "results.json").is_file()
+    finished = bool(evaluation.model) and (out / "results.json").is_file()
     accelerator.wait_for_everyone()  # all have looked for an earlier evaluation
-    if not finished:
+    if evaluation.model and not finished:
         ready_to_predict(evaluation.model.to(accelerator.device), options.precision)
     if main_process:
-        warn_untrained(evaluation.model.config, options.model)
+        if evaluation.model:
+            warn_untrained(evaluation.model.config, options.model)
         claim_folder(out, "evaluate")
         write_file(out / "plan.json", (json.dumps(evaluation.plan, indent=2) + "\n").encode())
 
-    results: dict[str, Any] = {"model": {"path": options.model, **evaluation.plan["model"]}, "sets": {}}
+    results: dict[str, Any] = {"model": {"path": options.model or str(options.predictions), **evaluation.plan["model"]}}
+    results["sets"] = {}
     for chosen in evaluation.sets:
-        if not finished:
-            score_set(evaluation, chosen, parts / chosen.name, accelerator, options)
+        name, folder = chosen.name, parts / chosen.name
+        if evaluation.model and not finished:
+            score_set(evaluation, chosen, folder, accelerator, options)
             accelerator.wait_for_everyone()
-        if main_process:
-            table = finished_table(chosen, out) if finished else frame_table(evaluation, chosen, parts / chosen.name)
-            results["sets"][chosen.name] = write_set(evaluation, chosen, table, options)
+        if main_process and finished:
+            results["sets"][name] = write_set(evaluation, chosen, finished_table(chosen, out), options)
+        elif main_process:
+            found = scored.get(name) or read_scored(folder, chosen.length, len(chosen.classes))
+            table = frame_table(evaluation, chosen, found, options)
+            results["sets"][name] = write_set(evaluation, chosen, table, options)
     if main_process:
         results = write_results(results, out)
         shutil.rmtree(parts, ignore_errors=True)

@@ -88,6 +88,8 @@ def closing_lines(results: dict[str, Any]) -> list[str]:
     """What `tqdm-seg evaluate` prints after the sets: all of them in one table, and the model."""
     lines = [*summary_lines(results), ""] if len(results["sets"]) > 1 else []
     model = results["model"]
+    if not (model["commit"] or model["version"]):
+        return [*lines, f"Saved predictions: {model['path']}."]
     code = f"commit {model['commit']}" if model["commit"] else f"version {model['version'] or 'not known'}"
     return [*lines, f"Model: {model['path']}; code: {code}."]
 
@@ -96,6 +98,7 @@ def set_lines(name: str, results: dict[str, Any]) -> list[str]:
     """A set: its figures, classes, groups, and the protocol that they hold under."""
     figures = ", ".join(f"{title} {percent(results[key])} %" for key, title in FIGURES.items())
     lines = [f"## {name}: {miou_text(results)}", "", f"{figures}.", *absent_lines(results)]
+    lines += left_out_lines(results["protocol"])
     if "positive_class" in results:
         lines.append(positive_text(results["positive_class"]))
     lines += ["", *class_lines(results)]
@@ -181,18 +184,29 @@ def protocol_text(protocol: dict[str, Any]) -> str:
     parts = [
         f"{data}{protocol['frames']} frames",
         short_protocol(protocol),
-        f"images resized: {protocol['resize']}",
+        *([f"images resized: {protocol['resize']}"] if protocol["image_size"] else []),
         protocol["interpolation"],
         f"ground truth {protocol['ground_truth']}, {sizes_text(protocol['ground_truth_size'])}",
         protocol["pooling"],
         f"{len(classes)} classes ({', '.join(classes)}), {labels['ignored']} ignored",
         f"label map {labels['name']}: {labels['policy']}",
     ]
+    parts += [f"{line[0].lower()}{line[1:-1]}" for line in left_out_lines(protocol)]
     if "class_set" in protocol:
         parts.append(
             "mean over {name}: {0}".format(", ".join(protocol["class_set"]["classes"]), **protocol["class_set"])
         )
     return "; ".join(parts)
+
+
+def left_out_lines(protocol: dict[str, Any]) -> list[str]:
+    """A sentence for the classes that only the data have and one for those that only the predictions have, by name."""
+    left_out = protocol["labels"].get("left_out", {})
+    texts = {
+        "data": "Left out, as the predictions have no such class: pixels of",
+        "predictions": "Wrong wherever predicted, as the data have no such class:",
+    }
+    return [f"{text} {', '.join(left_out[of])}." for of, text in texts.items() if of in left_out]
 
 
 def short_protocol(protocol: dict[str, Any]) -> str:
@@ -202,6 +216,8 @@ def short_protocol(protocol: dict[str, Any]) -> str:
         mode = f"windows of {protocol['window']} every {protocol['stride']} pixels"
     ground_truth = protocol["ground_truth"]
     ground_truth = "" if ground_truth == "at its own size" else f", ground truth {ground_truth}"
+    if not protocol["image_size"]:  # nothing is known of how they were made
+        return f"{mode}{ground_truth}"
     return (
         f"images {sizes_text(protocol['image_size'])}, {mode}, test-time augmentation: "
         f"{protocol['test_time_augmentation']}{ground_truth}, {protocol['precision']}"

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..deploy.options import MODEL, Device, Precision, check_at_least
 from ..program import names, option, size
@@ -50,11 +50,41 @@ def parse_sets(texts: Sequence[str]) -> list[SetSource]:
     return sources
 
 
+_COMMON = (
+    ", or common: in evaluate those that model and sets name, without the pixels of others; in compare those with "
+    "pixels in both"
+)
+
+
+def class_set_option(group: str, common: str = "") -> Any:
+    """The option --class-set, which several programs have; common: what that set means there."""
+    return option(
+        None, group=group, metavar="NAME|A,B",
+        help=f"classes that means are over: synthia-16, synthia-13, names{common} (default: all classes)",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions:
-    """Scores a model on prepared datasets: mIoU and more, every figure with its protocol.
+class GroupOptions:
+    """Which classes means are over, and what frames are grouped by."""
+
+    class_set: str | None = class_set_option("classes and groups", _COMMON)
+    attributes: Path | None = option(
+        None, group="classes and groups",
+        help="CSV with a column `scene` and columns to group frames by, instead of those of a table",
+    )  # fmt: skip
+    by: tuple[str, ...] | None = option(
+        None, type=names, nargs="?", const=(), group="classes and groups",
+        help="columns to group by; without a value none (default: weather, light and road, where there are any)",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(GroupOptions):
+    """Scores a model, or the saved predictions of any program: mIoU and more, every figure with its protocol.
 
         tqdm-seg evaluate MODEL --data cityscapes=DATA/cityscapes --data bdd100k=DATA/bdd100k --protocol published
+        tqdm-seg evaluate --predictions DIR --data orfd=DATA/orfd:test
         torchrun --nproc_per_node 2 -m tqdm_seg.evaluation.evaluate MODEL --data orfd=DATA/orfd:test --offnet
 
         DIR/results.json      figures of all sets and groups, confusion matrices, protocols, the model's checksums
@@ -66,13 +96,30 @@ class EvaluateOptions:
     from MODEL runs. The model computes on its fast path, which differs from the plain one by rounding only.
     """
 
-    model: str = option(help=MODEL)
+    model: str | None = option(None, positional=True, help=MODEL)
     data: tuple[str, ...] = option(
         flag=True, nargs="+", action="extend", metavar="NAME=PATH:SPLIT",
         help="prepared dataset (folder or URL) and the name of its results; repeat it for more sets. Without SPLIT: "
         "validation, or test if there is none. PATH:SPLIT@1024x2048 is --size for this set alone",
     )  # fmt: skip
     out: Path = option(Path("runs/evaluation"), help="for the results")
+    predictions: Path | None = option(
+        None, metavar="DIR", group="data",
+        help="score the PNGs of class ids in this folder instead of a model; 255: no class. A file is named as its "
+        "frame, with the frame's folders or some of them: val/a/0.png, a/0.png or 0.png; of several sets, in DIR/NAME",
+    )  # fmt: skip
+    no_index: bool = option(
+        False, group="data",
+        help="read --data with datasets.load_dataset, without an index: any dataset of images and 8-bit masks of class "
+        "ids; without SPLIT validation",
+    )  # fmt: skip
+    image_column: str = option("image", group="data", help="with --no-index: name of the column of images")
+    label_column: str = option("label", group="data", help="with --no-index: name of the column of masks")
+    class_names: tuple[str, ...] | None = option(
+        None, type=names, group="data",
+        help="class names in id order: of the masks with --no-index (default: the model's), of the ids with "
+        "--predictions (default: the dataset's)",
+    )  # fmt: skip
 
     protocol: Literal["model", "own", "published"] = option(
         "model", group="protocol",
@@ -103,19 +150,6 @@ class EvaluateOptions:
         help="fp32 is exact; tf32 is for NVIDIA GPUs, int8 for CPUs with torchao",
     )  # fmt: skip
 
-    class_set: str | None = option(
-        None, group="protocol", metavar="NAME|A,B",
-        help="classes that means are over: synthia-16, synthia-13, or names. The IoU of every class stays that among "
-        "all; a finished evaluation is only summed up again (default: all classes)",
-    )  # fmt: skip
-
-    attributes: Path | None = option(
-        None, group="groups", help="CSV with a column `scene` and columns to group frames by"
-    )
-    by: tuple[str, ...] | None = option(
-        None, type=names, group="groups", help="its columns to use (default: weather, light, road)"
-    )
-
     device: Device = option("auto", group="computing", help="auto: a GPU if there is one")
     workers: int = option(2, group="computing", help="loader processes per process")
     save_every_frames: int = option(32, group="computing", help="frames that a kill costs at most")
@@ -125,8 +159,28 @@ class EvaluateOptions:
         check_at_least(window=(self.window, 0), stride=(self.stride, 1), window_batch=(self.window_batch, 1))
         if self.by and not self.attributes:
             raise ValueError("--by names columns of --attributes; give that file as well")
+        if bool(self.model) == bool(self.predictions):
+            raise ValueError("give MODEL to score a model, or --predictions DIR to score saved predictions")
+        self._check_predictions()
+        self._check_columns()
         if self.workers < 0 or self.save_every_frames < 1:
             raise ValueError(
                 f"--workers must be at least 0 and --save-every-frames at least 1, not {self.workers} and "
                 f"{self.save_every_frames}"
             )
+
+    def _check_predictions(self) -> None:
+        """Saved predictions have no image size, windows or precision to choose."""
+        of_model = ("no_index", "protocol", "size", "window", "stride", "window_batch", "aug_test", "precision")
+        wrong = [name for name in of_model if getattr(self, name) != getattr(type(self), name)]
+        if self.predictions and wrong:
+            raise ValueError(f"--{wrong[0].replace('_', '-')} is for models; leave it out with --predictions")
+
+    def _check_columns(self) -> None:
+        """The options of data without an index."""
+        if self.class_names and not (self.no_index or self.predictions):
+            raise ValueError("--class-names is for --no-index and --predictions; prepared data name their classes")
+        if not self.no_index and (self.image_column, self.label_column) != ("image", "label"):
+            raise ValueError("--image-column and --label-column are for --no-index; give that as well")
+        if self.no_index and self.attributes:
+            raise ValueError("--attributes is for prepared data, whose scenes are known; leave it out with --no-index")

@@ -4,7 +4,9 @@ Letters: K classes, H, W image, h, w ground truth.
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import cv2
@@ -17,8 +19,9 @@ from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor, fitted_size
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.frames import FrameDataset
+from ..data.frames import FrameDataset, PlainRows
 from ..data.label_maps import IGNORE_INDEX
+from .saved import UNKNOWN
 
 # The boxes that the published figures come from, by the name that a dataset's manifest has.
 PUBLISHED_BOXES = {"Cityscapes": (1024, 2048), "Mapillary Vistas": (1024, 2048), "BDD100K (10k)": (720, 1280)}
@@ -80,23 +83,26 @@ class Protocol:
         return torch.tensor(labels)
 
     def describe(
-        self, config: TqdmConfig, label_map: dict[str, str], sizes: Counter[tuple[int, int]], precision: str
-    ) -> dict[str, Any]:
+        self, config: TqdmConfig | None, classes: Sequence[str], label_map: dict[str, str],
+        sizes: Counter[tuple[int, int]], precision: str,
+    ) -> dict[str, Any]:  # fmt: skip
         """Everything that figures depend on besides weights and frames, ready for JSON.
 
-        label_map: its name and policy, from the manifest. sizes: how many frames of each (height, width) there are.
+        config: of the model, None for predictions that were saved before. label_map: its name and policy, from the
+        manifest. sizes: how many frames of each (height, width) there are.
         """
         images, longest = Counter(), 0
         for size, count in sizes.items():
             images[self.view_size(*size)] += count
             longest = max(longest, *map(max, self.view_sizes(*size)))
-        sliding = config.window_size is not None and longest > config.window_size
-        return {
+        window = config.window_size if config else None
+        sliding = window is not None and longest > window
+        described = {
             "frames": sizes.total(),
             "image_size": _size_table(images),
             "resize": self._resize_text(),
             "mode": "slide" if sliding else "whole",
-            "window": config.window_size if sliding else None,
+            "window": window if sliding else None,
             "stride": config.window_stride if sliding else None,
             "test_time_augmentation": self._views_text(),
             "interpolation": "scores resized bilinearly to the ground truth, then argmax",
@@ -106,8 +112,9 @@ class Protocol:
             "ground_truth_size": _size_table(sizes),
             "pooling": "one confusion matrix over all frames",
             "precision": precision,
-            "labels": {**label_map, "classes": config.id2label, "ignored": IGNORE_INDEX},
+            "labels": {**label_map, "classes": dict(enumerate(classes)), "ignored": IGNORE_INDEX},
         }
+        return described if config else described | UNKNOWN
 
     def _resize_text(self) -> str:
         if self.size is None:
@@ -151,17 +158,26 @@ def predict(
         raise ValueError(f"frame {key}: {error}") from error
 
 
-def check_view_sizes(model: TqdmForSemanticSegmentation, frames: FrameDataset, protocol: Protocol) -> None:
+def frame_sizes(frames: FrameDataset | PlainRows) -> list[tuple[str, tuple[int, int]]]:
+    """Key and (height, width) of all frames; without an index of the first one, the others are checked as they come."""
+    if isinstance(frames, PlainRows):
+        return [(frame.key, frame.labels.shape) for frame in islice(frames.frames(), 1)]
+    table = frames.index.table
+    sides = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
+    return list(zip(table["key"].to_pylist(), sides, strict=True))
+
+
+def check_view_sizes(model: TqdmForSemanticSegmentation, frames: FrameDataset | PlainRows, protocol: Protocol) -> None:
     """Raises ValueError for the first frame that the model sees, or a window of which it sees, under two patches."""
     tower, patch = model.model.vision_tower, model.config.vision_config.patch_size
     window = model.config.window_size
-    table = frames.index.table
-    for key, *size in zip(*(table[name].to_pylist() for name in ("key", "height", "width")), strict=True):
+    for key, size in frame_sizes(frames):
         for view in protocol.view_sizes(*size):
             seen = view if window is None else [min(side, window) for side in view]
             if min(tower.padded_size(*seen)) < 2 * patch:
+                place = frames.folder if isinstance(frames, FrameDataset) else frames.source
                 raise ValueError(
-                    f"{key} of {frames.folder}, split {frames.split}, {size[0]}x{size[1]} pixels, would be seen as "
+                    f"{key} of {place}, split {frames.split}, {size[0]}x{size[1]} pixels, would be seen as "
                     f"{seen[0]}x{seen[1]} pixels; {2 * patch} a side are the least: leave it out, or enlarge the size "
                     "or window of the evaluation"
                 )

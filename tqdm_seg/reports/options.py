@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Literal
 
 from ..deploy.options import Device
-from ..evaluation.options import parse_sets
-from ..program import names, option
+from ..evaluation.options import GroupOptions, parse_sets
+from ..program import option
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareOptions:
+class CompareOptions(GroupOptions):
     """Compares two evaluations of the same frames: which is better, where, and how certain that is.
 
         tqdm-seg compare A.parquet B.csv --leaked SEEN_IN_TRAINING.txt --by weather,light --markdown comparison.md
@@ -31,25 +31,12 @@ class CompareOptions:
 
     first: Path = option(metavar="A", help="per-frame table (.parquet or .csv) of the baseline")
     second: Path = option(metavar="B", help="the same of the run to compare with it")
-    scenes: Path | None = option(None, group="frames and groups", help="only these scenes, one per line")
-    known: Path | None = option(
-        None, group="frames and groups", help="scenes of the training: groups known and unknown"
-    )
-    leaked: Path | None = option(
-        None, group="frames and groups", help="test scenes seen in training: groups with and without"
-    )
-    class_set: str | None = option(
-        None, group="frames and groups", metavar="NAME|A,B",
-        help="classes that means are over: synthia-16, synthia-13, names, or common: those with pixels in both "
-        "(default: as evaluated)",
-    )  # fmt: skip
-    attributes: Path | None = option(
-        None, group="frames and groups",
-        help="CSV with a column `scene` and columns to group by, instead of the tables' own",
-    )  # fmt: skip
-    by: tuple[str, ...] | None = option(
-        None, type=names, nargs="?", const=(), group="frames and groups",
-        help="columns to group by; without a value none (default: weather, light and road, where there are any)",
+    scenes: Path | None = option(None, group="scenes", help="only these scenes, one per line")
+    known: Path | None = option(None, group="scenes", help="scenes of the training: groups known and unknown")
+    leaked: Path | None = option(None, group="scenes", help="test scenes seen in training: groups with and without")
+    scene_map: Path | None = option(
+        None, group="scenes", metavar="FILE",
+        help="CSV of renamed scenes, old,new per line; holds for both tables, lists and --attributes",
     )  # fmt: skip
     bootstrap: int = option(
         10000, help="resamples of the scenes for the interval of the Overall difference, 0: none",

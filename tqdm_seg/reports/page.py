@@ -12,7 +12,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..data.palette import class_colours
-from ..evaluation.figures import FIGURES, absent_lines, mean_over, miou_text, percent, short_protocol, sizes_text
+from ..evaluation.figures import (
+    FIGURES,
+    absent_lines,
+    left_out_lines,
+    mean_over,
+    miou_text,
+    percent,
+    short_protocol,
+    sizes_text,
+)
 from .comparison import Comparison
 from .comparison_text import ARROWS, classes_text, explanations, key_findings, points, say
 from .images import FrameImages, ScoreMaps
@@ -67,6 +76,7 @@ def render_page(results: dict[str, Any], sets: Sequence[SetReport]) -> str:
         "colours": lambda names: [f"rgb{tuple(colour)}" for colour in class_colours(len(names)).tolist()],
         "explanations": explanations,
         "absent_lines": absent_lines,
+        "left_out_lines": left_out_lines,
         "classes_text": classes_text,
         "histogram": histogram,
         "mean_over": mean_over,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..data.files import example
-from ..evaluation.options import parse_sets
+from ..evaluation.options import class_set_option, parse_sets
 from ..program import cut, names, option, size
 
 # Names of configuration_tqdm.PRESETS, which is not imported here: it takes seconds.
@@ -161,10 +161,7 @@ class TrainOptions:
     eval_size: tuple[int, int] | None = _data(
         None, type=size, help="fit evaluated images into this size (default: keep their size)"
     )
-    class_set: str | None = _data(
-        None, metavar="NAME|A,B", help="classes that mean IoU is over, which chooses best/: synthia-16, synthia-13, or "
-        "names (default: all classes)",
-    )  # fmt: skip
+    class_set: str | None = class_set_option("data")
     no_index: bool = _data(
         False,
         help="read --data with datasets.load_dataset, without an index: any dataset of images and 8-bit masks of class "
