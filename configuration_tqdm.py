@@ -398,9 +398,11 @@ class TqdmConfig(PreTrainedConfig):
         self.label2id = label2id or self.label2id
         if self.query_texts is None:
             texts = {name: text for text, name in (self.display_names or {}).items()}
-            self.query_texts = self.frozen_texts or [self._word(texts.get(name, name)) for name in self.class_names]
+            named = [self._word(texts.get(name, name)) for name in self.class_names]
             if self.queries == "vectors":
-                self.display_names = _display_names(self.query_texts, self.class_names)
+                self.query_texts, self.display_names = named, _display_names(named, self.class_names)
+            else:
+                self.query_texts = self.frozen_texts or named
         self.resolve_token_ids()
 
     @classmethod

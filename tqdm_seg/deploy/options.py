@@ -33,9 +33,15 @@ class PredictOptions:
     model: str = option(help=MODEL)
     inputs: tuple[Path, ...] = option(metavar="INPUT", help="image, video, or folder of both, with its subfolders")
     out: Path = option(flag=True, help="for the results; files of the same name are replaced")
+    class_names: tuple[str, ...] | None = option(
+        None, type=names,
+        help="predict these classes, whose ids are 0, 1, ... in this order: any names for a model of --class-head "
+        "cosine, with a text tower or class vectors; names that it has for all others (default: the model's classes)",
+    )  # fmt: skip
     only: tuple[str, ...] | None = option(
-        None, type=names, help="decide between these classes of the model (default: all)"
-    )
+        None, type=names,
+        help="of the model's classes, or of --class-names, let only these win a pixel; ids stay (default: all)",
+    )  # fmt: skip
     size: tuple[int, int] | None = option(
         None,
         type=size,
@@ -63,6 +69,10 @@ class PredictOptions:
             raise ValueError(f"--only {','.join(self.only)}: every pixel gets one of these classes, name at least two")
         if self.backend == "onnxruntime" and (self.precision != "fp32" or self.compile):
             raise ValueError("an export computes in fp32: leave out --precision and --compile, or use --backend torch")
+        if self.backend == "onnxruntime" and self.class_names:
+            raise ValueError("an export has its class texts stored: leave out --class-names, or use --backend torch")
+        if self.check and self.class_names:
+            raise ValueError("--check compares the classes that the model was saved with; leave out --class-names")
         if self.backend == "onnxruntime" and self.check:
             raise ValueError("--check compares a model folder; an export is compared when it is made")
         if self.backend == "onnxruntime" and self.device == "mps":

@@ -22,6 +22,7 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 
+from tqdm_seg.configuration_tqdm import listed
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
@@ -78,9 +79,25 @@ def choose_classes(known: dict[int, str], only: Sequence[str] | None) -> dict[in
     if unknown:
         raise ValueError(
             f"the model has no class {', '.join(map(repr, unknown))}, only {', '.join(known.values())}. A part of what "
-            "it learned belongs to one class each, so other classes need training: tqdm-seg train --class-names"
+            "it learned belongs to one class each, so other classes need training, or --class-names and a model of "
+            "--class-head cosine"
         )
     return {index: name for index, name in known.items() if name in only}
+
+
+def set_class_names(model: TqdmForSemanticSegmentation, names: Sequence[str]) -> None:
+    """Changes the classes of a model to these, in this order; raises ValueError, with the ways out, for unknown names.
+
+    A model with open classes takes any name that its text tower or its table of class vectors has.
+    """
+    config = model.config
+    unknown = [name for name, row in zip(names, config.rows_of(names), strict=True) if row is None]
+    if unknown and not config.has_open_classes:
+        raise ValueError(
+            f"--class-names: the model has no class {listed(unknown)}, only {listed(config.class_names)}; choose among "
+            "them, train with these names, or train with --class-head cosine, whose models take new names"
+        )
+    model.set_classes(dict(enumerate(names)))
 
 
 def choose_device(name: str) -> str:
@@ -231,6 +248,8 @@ def open_predictor(options: PredictOptions) -> Predictor:
             raise ValueError(f"{options.model} was made by `tqdm-seg export`; add --backend onnxruntime")
         device, folder = choose_device(options.device), model_folder(options.model)
         model, processor = load_model(folder)
+        if options.class_names is not None:
+            set_class_names(model, options.class_names)
         model.to(device)
         model.config.name_or_path = options.model
         revision = folder.name if folder.parent.name == "snapshots" else None  # of a Hub repository

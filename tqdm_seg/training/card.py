@@ -57,6 +57,8 @@ def model_card(
         ground_truth_sizes=sizes_text(protocol["ground_truth_size"]),
         label_map=code(protocol["labels"]["name"]),
         label_policy=plain(protocol["labels"]["policy"]),
+        class_texts=class_texts(model.config.class_vectors),
+        open_classes=model.config.has_open_classes,
         training=_training_text(training, data),
         validation=_part_text(validation, options.eval_data or data),
         overlap=overlap_text(training, validation),
@@ -74,6 +76,15 @@ def evaluated_frames(training: FrameSets | PlainRows, validation: FrameDataset |
     """What the scored frames are: held back from training, or the very frames that are trained on."""
     seen = same_frames(training, validation)
     return "frames that were trained on, which says nothing of others" if seen else "held-back frames"
+
+
+def class_texts(table: dict[str, Any] | None) -> str:
+    """Whose vectors the class texts are, with their notice; nothing for a model with a text tower."""
+    if table is None:
+        return ""
+    source, licence = (plain(str(table.get(key, "not stated"))) for key in ("source", "licence"))
+    about = f"vectors of {plain(str(table.get('model', 'a model not stated')))}, {len(table['names'])} names"
+    return f"Class texts: {about}; from {source}; licence: {licence}."
 
 
 def plain(text: str) -> str:
