@@ -9,21 +9,27 @@ import numpy as np
 import pytest
 import torch
 from conftest import micro_config, micro_model
+from PIL import Image
 from safetensors.torch import load_file
 from test_names import ROUTES
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
 
+import tqdm_seg
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, TqdmConfig
 from tqdm_seg.data.class_vectors import LISTS, TEXTS, class_words, read_class_vectors
 from tqdm_seg.data.label_maps import RUGD_COLOURS, YCOR_COLOURS
+from tqdm_seg.deploy.export import export
+from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.deploy.predict import set_class_names
+from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.loss_tqdm import textual_loss
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, TqdmModel
 
 LOAD = TqdmForSemanticSegmentation.from_pretrained
 NAMES = ["road", "traffic light", "sky", "rock", "stone", "tree"]
 ABOUT = {"names": NAMES, "words": {"asphalt": "road", "forest": "tree"}, "model": "none", "source": "a test"}
+STEPS = 150  # of training, where a test needs a trained model
 WIDTH = 16  # of the micro models' image-text space
 
 
@@ -335,3 +341,95 @@ def test_the_configuration_survives_a_round_trip(tmp_path):
     config.save_pretrained(tmp_path)
     assert TqdmConfig.from_pretrained(tmp_path).to_dict() | {"trained": False} == config.to_dict()
     assert config.query_texts == ["road", "sky"] and config.display_names == {"road": "asphalt"}
+
+
+# ---- programs
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A model folder as training leaves it, and an image."""
+    save_model_folder(vector_model(), TqdmImageProcessor(), tmp_path / "model")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(tmp_path / "photo.png")
+    return tmp_path
+
+
+def test_predict_decides_between_names_given_at_run_time(saved):
+    model = LOAD(saved / "model")
+    model.set_classes(NEW)
+    image = Image.open(saved / "photo.png")
+    pixel_values = TqdmImageProcessor()(images=image, return_tensors="pt")["pixel_values"]
+    arguments = {"model": str(saved / "model"), "inputs": saved / "photo.png"}
+    for only in (None, ["stone", "forest"]):
+        found = tqdm_seg.predict(**arguments, out=saved / str(only), class_names=[*NEW.values()], only=only)
+        assert list(found["photo"]["areas"]) == (only or [*NEW.values()])
+        ids = np.asarray(Image.open(saved / str(only) / "ids" / "photo.png"))
+        scores = model.segment(pixel_values)[0].clone()
+        scores[[i for i, name in NEW.items() if only and name not in only]] = -1
+        assert (ids == scores.argmax(0).numpy()).mean() > 0.999
+    for more, words in (({"class_names": ["moose", "sky"]}, "moose"), ({"check": True}, "--check"),
+                        ({"backend": "onnxruntime"}, "--class-names")):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            tqdm_seg.predict(**arguments, out=saved / "refused", **{"class_names": ["sky", "road"], **more})
+    assert not (saved / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_exports_compute_what_the_model_does(saved):
+    facts = export(model=str(saved / "model"), out=saved / "export")
+    assert {*facts["checks"]} == {"window.onnx", "window.pt2"}  # compared, else it raises
+    with pytest.raises(ValueError, match="no class 'stone'"):
+        arguments = {"model": str(saved / "export"), "inputs": saved / "photo.png", "backend": "onnxruntime"}
+        tqdm_seg.predict(**arguments, out=saved / "out", only=["stone", "sky"])
+
+
+# ---- what real language does: a name of the same meaning keeps its mask
+
+SCENE = ["road", "rock", "tree", "hill", "sky-other", "water-other", "grass", "person"]
+
+
+def scenes(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, 3, 32, 32) of 4 x 4 cells, each with the colour of its class and noise, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    colours = 1.2 * torch.randn(len(SCENE), 3, generator=torch.Generator().manual_seed(5))
+    labels = torch.randint(0, len(SCENE), (count, 4, 4), generator=generator)
+    labels = labels.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    noise = torch.randn(count, 32, 32, 3, generator=generator)
+    return (colours[labels] + 0.3 * noise).permute(0, 3, 1, 2).contiguous(), labels
+
+
+@pytest.fixture(scope="module")
+def scene_model() -> TqdmForSemanticSegmentation:
+    """A micro model that has learned the scenes with genuine texts of CLIP."""
+    vectors, about = read_class_vectors("clip_vit_b16")
+    width = dict.fromkeys(("vision_config", "text_config"), {"projection_dim": 512})
+    fields = {"class_vectors": about, "queries": "vectors", "class_head": "cosine", "centre_class_vectors": True}
+    model = micro_model(id2label=dict(enumerate(SCENE)), **fields, **width)
+    model.use_class_vectors(torch.from_numpy(vectors), about, centre=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    model.train()
+    for step in range(STEPS):
+        images, labels = scenes(8, step)
+        model(images, labels=labels, output_logits=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [("rock", "stone", True), ("hill", "mountain", True), ("rock", "tie", False), ("hill", "toothbrush", False)],
+)
+def test_a_synonym_keeps_most_of_its_mask_and_an_unrelated_name_does_not(scene_model, old, new, kept):
+    images, labels = scenes(16, 10_000)
+    model = copy.deepcopy(scene_model)
+    before = model.segment(images).argmax(1)
+    assert (before == labels).float().mean() > 0.9
+    row = SCENE.index(old)
+    model.set_classes({i: new if i == row else name for i, name in enumerate(SCENE)})
+    after = model.segment(images).argmax(1)
+    share = (after[before == row] == row).float().mean().item()
+    assert share > 0.8 if kept else share < 0.2
+    assert (after == before)[before != row].float().mean() > 0.95

@@ -580,6 +580,50 @@ def test_parts_of_the_model_can_be_left_out(arguments, start, tmp_path):
     assert model.config.queries == "random" and model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2, 32, 32)
 
 
+def write_vectors(path: Path, seed: int) -> str:
+    """A table that has the words of both classes."""
+    names = np.array(["road", "plant-other", "tree"])
+    vectors = np.random.default_rng(seed).normal(size=(3, 16))
+    np.savez(path, names=names, vectors=vectors, model="none", source="a test", licence="CC0-1.0")
+    return str(path)
+
+
+def test_class_texts_can_be_given_as_vectors(arguments, tmp_path):
+    more = ("--class-head", "cosine", "--centre-class-vectors", "--class-vectors")
+    out = short(arguments, tmp_path / "run", *more, write_vectors(tmp_path / "a.npz", 0))
+    assert all(line["loss_textual"] > 0 for line in log_of(out) if "loss_textual" in line)
+    model = AutoModelForSemanticSegmentation.from_pretrained(out / "model", trust_remote_code=True).eval()
+    assert model.config.class_names == CLASSES and model.config.query_texts == ["plant-other", "road"]
+    model.set_classes({0: "tree", 1: "road"})
+    assert model(torch.zeros(1, 3, 32, 32)).logits.shape == (1, 2, 32, 32)
+    card = (out / "model" / "README.md").read_text()
+    assert "from a test; licence: CC0-1.0" in card and "set_classes" in card
+    shutil.copy(tmp_path / "a.npz", tmp_path / "moved.npz")
+    short(arguments, tmp_path / "run", *more, str(tmp_path / "moved.npz"), "--resume")
+    with pytest.raises(ValueError, match="class vectors was"):
+        short(arguments, tmp_path / "run", *more, write_vectors(tmp_path / "b.npz", 1), "--resume")
+
+
+def test_a_preset_takes_the_width_of_the_vectors_and_has_no_text_tower(start):
+    classes = ["road", "sky", "vehicle"]
+    net, _ = build_model(TrainOptions(class_vectors="clip_vit_b16", class_head="cosine"), classes)
+    assert net.config.vision_config.projection_dim == net.config.text_config.projection_dim == 512
+    assert not any("text_tower" in name for name in net.state_dict())
+    assert net.config.query_texts == ["road", "sky-other", "car"] and net.config.class_names == classes
+    assert net.config.class_vectors["licence"].startswith("MIT") and not net.config.centre_class_vectors
+    refused = {
+        "width": {"model": str(start), "class_vectors": "clip_vit_b16"},
+        "queries": {"centre_class_vectors": True},
+        "file not found": {"class_vectors": "clip_vit_b61"},
+        "--random-queries": {"class_vectors": "clip_vit_b16", "random_queries": True},
+    }
+    for words, fields in refused.items():
+        with pytest.raises((ValueError, FileNotFoundError), match=words):
+            build_model(TrainOptions(**fields), CLASSES)
+    with pytest.raises(ValueError, match="'obstacle'"):
+        build_model(TrainOptions(class_vectors="clip_vit_b16"), ["road", "obstacle"])
+
+
 @pytest.mark.slow
 def test_data_without_an_index_is_trained_on_and_evaluated(arguments, data, tmp_path):
     more = ("--no-index", "--class-names", ",".join(CLASSES))
