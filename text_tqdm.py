@@ -173,11 +173,11 @@ class TextualQueries(nn.Module):
         Of given vectors it takes the numbers of their rows. Lists, which no device and no loading of weights can lose.
         Raises ValueError as `token_table`.
         """
+        self._on_device: dict[tuple[str, torch.device], Tensor] = {}  # these lists as tensors
         if config.queries == "vectors":
             self.text_rows = [config.class_vectors["names"].index(text) for text in config.query_texts]
             return
         self.token_ids, self.reference_token_ids = self.token_table(config), self.token_table(config, prompted=True)
-        self._on_device: dict[tuple[bool, torch.device], Tensor] = {}  # these lists as tensors
 
     @staticmethod
     def token_table(config: TqdmConfig, prompted: bool = False) -> list[list[int]]:
@@ -241,7 +241,7 @@ class TextualQueries(nn.Module):
         rows = table(torch.arange(table.num_embeddings, device=device))
         if self.config.queries == "random":
             return rows
-        return self.text_tower(self._ids(device), rows)
+        return self.text_tower(self._indices("token_ids", device), rows)
 
     def _device(self) -> torch.device:
         """Where token ids go; of offloaded weights it is known to accelerate's hooks alone, which move inputs there."""
@@ -249,17 +249,17 @@ class TextualQueries(nn.Module):
         offloaded = weight.is_meta and hasattr(self.text_tower.token_embedding, "_hf_hook")
         return torch.device("cpu") if offloaded else weight.device
 
-    def _ids(self, device: torch.device, prompted: bool = False) -> Tensor:
-        """Token ids (K, L) of the query texts, or of the reference texts; copied to every device once."""
-        rows = self.reference_token_ids if prompted else self.token_ids
+    def _indices(self, name: str, device: torch.device) -> Tensor:
+        """The list that `set_texts` made under this name, as a tensor (K, ...); copied to every device once."""
+        rows = getattr(self, name)
         if is_tracing():
             return torch.tensor(rows).to(device)
-        ids = self._on_device.get((prompted, device))
+        ids = self._on_device.get((name, device))
         if ids is None:
             with torch.inference_mode(False):  # training refuses tensors made in inference mode
                 ids = torch.tensor(rows).to(device, non_blocking=True)
             if not is_tracing(ids):  # a FakeTensor serves its mode only
-                self._on_device[prompted, device] = ids
+                self._on_device[name, device] = ids
         return ids
 
     @torch.no_grad()
@@ -272,14 +272,14 @@ class TextualQueries(nn.Module):
             return self.given_texts()
         if self.config.frozen_texts is not None:
             raise ValueError("freeze_text() dropped the text tower, which training needs; train the original model")
-        return F.normalize(self.text_tower(self._ids(self._device(), prompted=True)), dim=-1)
+        return F.normalize(self.text_tower(self._indices("reference_token_ids", self._device())), dim=-1)
 
     def given_texts(self) -> Tensor:
         """Unit-length rows (K, E) of the query texts in the table of given vectors, centred where that is asked for."""
         vectors = F.normalize(self.text_vectors, dim=-1)  # (V, E)
         if self.config.centre_class_vectors:
             vectors = F.normalize(vectors - vectors.mean(0), dim=-1)
-        return vectors[torch.tensor(self.text_rows).to(vectors.device, non_blocking=True)]
+        return vectors[self._indices("text_rows", vectors.device)]
 
     def forward(self, visual: Tensor, encoded: Tensor | None = None) -> Tensor:
         """visual (B, 1 + N, E) image and patch tokens; encoded: a stored result of `encode` -> queries (B, K, E)."""

@@ -109,15 +109,18 @@ def test_copies_are_the_model(model, images):
 def test_token_ids_are_made_once_per_device_and_class_list(model, images, labels):
     queries, cpu = model.model.text_queries, torch.device("cpu")
     model.segment(images)  # in inference mode
-    ids = queries._ids(cpu)
-    assert queries._ids(cpu) is ids and ids.tolist() == queries.token_ids and not ids.is_inference()
+    ids = queries._indices("token_ids", cpu)
+    assert queries._indices("token_ids", cpu) is ids and ids.tolist() == queries.token_ids and not ids.is_inference()
     model.train()(images, labels=labels).loss.backward()
-    assert queries._ids(cpu) is ids and queries._ids(torch.device("meta")).is_meta
+    assert queries._indices("token_ids", cpu) is ids and queries._indices("token_ids", torch.device("meta")).is_meta
     with FakeTensorMode():
-        assert queries._ids(cpu, prompted=True).shape[0] == 3
+        assert queries._indices("reference_token_ids", cpu).shape[0] == 3
     copied = copy.deepcopy(model)
     model.set_classes({0: "sky"})
-    assert len(queries._ids(cpu)) == 1 and copied.model.text_queries._ids(cpu).tolist() == ids.tolist()
+    assert (
+        len(queries._indices("token_ids", cpu)) == 1
+        and copied.model.text_queries._indices("token_ids", cpu).tolist() == ids.tolist()
+    )
 
 
 def test_in_double_precision(model, images, labels):
