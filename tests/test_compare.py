@@ -476,6 +476,18 @@ def test_the_tables_own_attributes_group_single_frames(capsys, pair):
     assert "## By" not in run(capsys, *pair(first, second), "--by")
 
 
+def test_renamed_scenes_are_compared_under_their_new_names(capsys, pair, tmp_path):
+    first, second = random_table(0), random_table(1)
+    (tmp_path / "lists.txt").write_text("place0\nplace4\n")
+    lists = ("--scenes", tmp_path / "lists.txt", "--known", tmp_path / "lists.txt")
+    expected = run(capsys, *pair(first, second), *lists)
+    first.scenes = [scene.replace("place", "old") for scene in first.scenes]
+    assert "Found in a only" in refusal(capsys, *pair(first, second))
+    (tmp_path / "map.csv").write_text("old,new\n" + "".join(f"old{k},place{k}\n" for k in range(6)))
+    (tmp_path / "lists.txt").write_text("old0\nplace4\n")  # in either spelling
+    assert run(capsys, *pair(first, second), *lists, "--scene-map", tmp_path / "map.csv") == expected
+
+
 def test_sets_without_scenes_are_one_scene(capsys, pair):
     tables = [replace(random_table(seed), scenes=[""] * 40) for seed in (0, 1)]
     markdown = run(capsys, *pair(*tables))
@@ -490,6 +502,12 @@ def test_sets_without_scenes_are_one_scene(capsys, pair):
         ("--scenes", "y0101_0101\n", "has no scene of the list"),
         ("--known", b"\xff\xfe", "list.txt is no UTF-8 text"),
         ("--leaked", "x0632_1200\n", "list.txt, line 1: impossible scene name"),
+        ("--scene-map", "", "list.txt is empty"),
+        ("--scene-map", "a,b\nc\n", "list.txt, line 2: 'c' is not old,new"),
+        ("--scene-map", "a,b\nc,b\n", "list.txt, line 2: c,b names a scene for the second time"),
+        ("--scene-map", "a,b\nb,c\n", "list.txt: b is an old name and a new one"),
+        ("--scene-map", "a,x1313_1627\n", "list.txt, line 1: impossible scene name"),
+        ("--scene-map", "a,b\n", "list.txt renames no scene of either table"),
         ("--attributes", "name,weather\na,b\n", "list.txt needs a column 'scene'"),
         ("--attributes", "scene,weather\nx0613_1627,a\n0613-1627,b\n", "row 2: scene 0613-1627"),
     ],

@@ -8,11 +8,12 @@ if __name__ == "__main__":
     sys.exit(start("compare"))
 
 
+import csv
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from ..data.files import check_out_file, write_file
+from ..data.files import check_out_file, cut, write_file
 from ..data.scenes import scene_identity
 from ..evaluation.counts import FrameTable, read_table
 from ..evaluation.groups import read_attributes, read_text
@@ -44,6 +45,37 @@ def read_scenes(path: Path) -> set[str]:
     return scenes
 
 
+def read_scene_map(path: Path) -> dict[str, str]:
+    """{old: new} identities of scenes, of a CSV with old,new per line; raises ValueError naming the line."""
+    renamed: dict[str, str] = {}
+    for number, row in enumerate(csv.reader(read_text(path).splitlines()), 1):
+        cells = [cell.strip() for cell in row]
+        if not any(cells) or (number == 1 and [cell.lower() for cell in cells] == ["old", "new"]):
+            continue
+        try:
+            if len(cells) != 2 or not all(cells):
+                raise ValueError(f"{cut(','.join(row))!r} is not old,new; write two scenes")
+            old, new = map(scene_identity, cells)
+            if old in renamed or new in renamed.values():
+                raise ValueError(f"{cut(','.join(row))} names a scene for the second time; leave one line")
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+        renamed[old] = new
+    if chained := sorted(renamed.keys() & {*renamed.values()}):
+        raise ValueError(f"{path}: {chained[0]} is an old name and a new one; rename every scene once")
+    if not renamed:
+        raise ValueError(f"{path} is empty; write old,new per line")
+    return renamed
+
+
+def rename_scenes(tables: Sequence[FrameTable], renamed: dict[str, str], path: Path) -> list[FrameTable]:
+    """The tables under the new names; raises ValueError if neither has any of the old ones."""
+    if not renamed.keys() & all_scenes(tables):
+        raise ValueError(f"{path} renames no scene of either table; compare the names")
+    names = [[renamed.get(scene_identity(scene), scene) for scene in table.scenes] for table in tables]
+    return [replace(table, scenes=scenes) for table, scenes in zip(tables, names, strict=True)]
+
+
 def keep_scenes(table: FrameTable, scenes: set[str], source: str) -> FrameTable:
     """The rows of these scenes; raises ValueError if there are none."""
     kept = [row for row, scene in enumerate(identities(table)) if scene in scenes]
@@ -69,20 +101,28 @@ def read_and_compare(options: CompareOptions) -> Comparison:
     """The comparison of the files that the options name."""
     paths = str(options.first), str(options.second)
     tables = [read_run(path) for path in paths]
+    renamed = read_scene_map(options.scene_map) if options.scene_map else {}
+    if options.scene_map:
+        tables = rename_scenes(tables, renamed, options.scene_map)
+
+    def scenes_of(path: Path) -> set[str]:
+        return {renamed.get(scene, scene) for scene in read_scenes(path)}
+
     wanted, notes = set(), []
     if options.scenes:
-        wanted = read_scenes(options.scenes)
+        wanted = scenes_of(options.scenes)
         left_out = all_scenes(tables) - wanted
         tables = [keep_scenes(table, wanted, path) for table, path in zip(tables, paths, strict=True)]
         if left_out:
             values = {"file": options.scenes.name, "count": len(left_out)}
             notes.append(Message("Scenes left out because they are not in {file}: {count}.", values))
-    known, leaked = (read_scenes(path) if path else None for path in (options.known, options.leaked))
+    known, leaked = (scenes_of(path) if path else None for path in (options.known, options.leaked))
     if leaked is not None:
         found = ", ".join(sorted(leaked & all_scenes(tables)))
         notes.append(Message("Leaked scenes: {scenes}.", {"scenes": found or "-"}))
     tables = with_class_set(tables, options.class_set)
     of_scene = read_attributes(options.attributes) if options.attributes else None
+    of_scene = of_scene and {renamed.get(scene, scene): values for scene, values in of_scene.items()}
     by_attribute, disagreements = attribute_groups(tables, options.by, of_scene)
     groups = [*list_groups(tables, known, leaked), *by_attribute]
     return compare_tables(
@@ -108,7 +148,8 @@ def all_scenes(tables: Sequence[FrameTable]) -> set[str]:
 @takes(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
     """Prints and writes the comparison; returns it. Raises ValueError for runs that may not be compared."""
-    inputs = [options.first, options.second, options.scenes, options.known, options.leaked, options.attributes]
+    lists = [options.scenes, options.known, options.leaked, options.scene_map, options.attributes]
+    inputs = [options.first, options.second, *lists]
     beginnings = {"en": "# Comparison of ", "zh": "# "}
     for path, begins in (
         (options.markdown, beginnings[options.language]), (options.csv, "part,name,frames_a"),
