@@ -49,10 +49,12 @@ from tqdm_seg.training.optimisation import (
 )
 from tqdm_seg.training.options import TrainOptions
 from tqdm_seg.training.plan import (
+    Phase,
     check_folder,
     check_resumable,
     images_per_step,
     memory_gb,
+    phases_from,
     print_plan,
     run_facts,
     write_facts,
@@ -114,24 +116,24 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     data = {"training data": training, "evaluation data": validation}
     facts = run_facts(options, number_format(accelerator), processes, data)
     run = Run(options, accelerator, net, *accelerator.prepare(net, optimizer), average, teacher, chance)
-    first_step = run.resume(facts)
+    first_step, phases = run.resume(facts)
     batches = first_now(step_batches(options, training, first_step, process, processes))
     accelerator.wait_for_everyone()  # all have looked for an earlier run
     if accelerator.is_main_process:
-        write_facts(options.out, facts)
+        write_facts(options.out, facts, phases)
         prune(options.out / "checkpoints", first_step, options.keep)
-    log = Log(accelerator, options, first_step)
+    log = Log(accelerator, options, first_step, phases[1:])
     shown = net if average is None else average
-    reporter = Reporter(options, accelerator, shown, processor, training, validation, log)
-    results = reporter.finish() if train_steps(run, batches, first_step, log, reporter) else {}
+    reporter = Reporter(options, accelerator, shown, processor, training, validation, log, phases)
+    results = reporter.finish() if train_steps(run, batches, first_step, phases[-1].first_step, log, reporter) else {}
     accelerator.end_training()
     return results
 
 
 def train_steps(
-    run: "Run", batches: Iterator[dict[str, Tensor]], first_step: int, log: Log, reporter: Reporter
+    run: "Run", batches: Iterator[dict[str, Tensor]], first_step: int, phase_start: int, log: Log, reporter: Reporter
 ) -> bool:
-    """The loop; False when SIGTERM ended it before the last step."""
+    """The loop; False when SIGTERM ended it before the last step. phase_start: where the schedule of rates begins."""
     options, accelerator = run.options, run.accelerator
     bar = tqdm(total=options.steps, initial=first_step, unit="step", disable=not accelerator.is_main_process)
     images = images_per_step(options, accelerator.num_processes)
@@ -139,8 +141,8 @@ def train_steps(
     with bar, StopSignal() as stop:
         for step in range(first_step, options.steps):
             rates = set_learning_rates(
-                run.optimizer, step, options.steps, options.warmup_steps, options.min_lr
-            )  # fmt: skip
+                run.optimizer, step - phase_start, options.steps - phase_start, options.warmup_steps, options.min_lr
+            )
             norm = run.step(step, [next(batches) for _ in range(options.accumulation)], recent)
             bar.update()
 
@@ -222,19 +224,25 @@ class Run:
             write_checkpoint(self.options.out / "checkpoints", done, state, averaged, extra, self.options.keep)
         accelerator.wait_for_everyone()
 
-    def resume(self, facts: dict[str, Any]) -> int:
-        """Loads the last whole checkpoint, if --resume is given and there is one; returns the number of steps done."""
-        out, say = self.options.out, self.accelerator.print
-        last = newest_checkpoint(out / "checkpoints", say) if self.options.resume else None
+    def resume(self, facts: dict[str, Any]) -> tuple[int, list[Phase]]:
+        """Loads the last whole checkpoint, if --resume is given and there is one.
+
+        Returns the number of steps done and the phases of the run.
+        """
+        options, say = self.options, self.accelerator.print
+        last = newest_checkpoint(options.out / "checkpoints", say) if options.resume else None
         if last is None:
-            return 0
-        check_resumable(out, facts, say)
+            return 0, [Phase(options.phase or "first", 0, options.steps)]
+        phases = check_resumable(options.out, facts, options.phase, say)
+        of_phase = {group["name"]: (group["base_lr"], group["weight_decay"]) for group in self.optimizer.param_groups}
         content = load_checkpoint(last, self._bare_model(), self.optimizer.optimizer)
+        for group in self.optimizer.param_groups:
+            group["base_lr"], group["weight_decay"] = of_phase[group["name"]]
         if self.average is not None:
             self.average.load_state_dict(load_file(last / "average.safetensors"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        return content["step"]
+        return content["step"], phases_from(phases, options.phase, content["step"], options.steps)
 
     def _bare_model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

@@ -112,7 +112,7 @@ def test_the_presets_of_the_help_are_those_of_the_model():
 WRONG = (
     "--steps 0", "--lr 0", "--crop -1", "--seed -1", "--warmup-steps -2", "--ema 1", "--push-to-hub a/b/c",
     "--lr nan", 
-    "--ema nan", "--temperature nan", "--clip-norm nan", "--textual-weight inf", "--min-lr 1",
+    "--phase more", "--ema nan", "--temperature nan", "--clip-norm nan", "--textual-weight inf", "--min-lr 1",
     "--eval-size 1024", "--no-index", "--class-names a,b", "--class-names a,,b", "--precision float16",
 )  # fmt: skip
 
@@ -354,6 +354,44 @@ def test_resuming_with_other_options_or_another_model_is_refused(finished, argum
     )
     with pytest.raises(ValueError, match="step_0000006.* model"):
         call("train", *arguments(tmp_path / "run", "--resume", "--model", "tiny"))
+
+
+@pytest.mark.slow
+def test_a_named_phase_goes_on_with_other_options(finished, arguments, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    longer = ("--eval-every-steps", "3", "--resume", "--steps", "9", "--lr", "2e-3")
+    with pytest.raises(ValueError, match="lr was 0.001.*--phase"):
+        call("train", *arguments(out, *longer))
+    with pytest.raises(ValueError, match="seed was 0") as refused:
+        call("train", *arguments(out, *longer, "--phase", "longer", "--seed", "3"))
+    assert "--phase" not in str(refused.value)
+    with pytest.raises(ValueError, match="6 steps are done.*--steps above"):
+        call("train", *arguments(out, "--resume", "--lr", "2e-3", "--phase", "longer"))
+    assert json.loads((out / "args.json").read_text())["steps"] == 6
+    call("train", *arguments(out, *longer, "--phase", "longer"))
+
+    lines = log_of(out)
+    assert [line for line in lines if "phase" in line] == [{"step": 6, "phase": "longer", "last_step": 9}]
+    assert [line["lr_rest"] for line in lines if "loss" in line][6:] == pytest.approx(
+        [learning_rate(step, 2e-3, 3, 2, 1e-6) for step in range(3)], rel=1e-9
+    )
+    facts = json.loads((out / "args.json").read_text())
+    assert (facts["steps"], facts["lr"]) == (9, 2e-3)
+    assert facts["phases"] == [
+        {"name": "first", "first_step": 0, "last_step": 6}, {"name": "longer", "first_step": 6, "last_step": 9},
+    ]  # fmt: skip
+    assert "first (steps 0 to 6), longer (steps 6 to 9)" in (out / "model" / "README.md").read_text()
+
+    # Killed in the phase, the same command, with or without the name, ends in the same bits.
+    before = load_file(out / "model" / "model.safetensors")
+    for name in (["--phase", "longer"], []):
+        shutil.rmtree(out / "checkpoints" / "step_0000009")
+        call("train", *arguments(out, *longer, *name))
+        after = load_file(out / "model" / "model.safetensors")
+        assert all(torch.equal(before[key], after[key]) for key in before) and log_of(out) == lines
+    with pytest.raises(ValueError, match="first .*is over"):
+        call("train", *arguments(out, *longer, "--phase", "first"))
 
 
 def test_the_best_model_is_kept_and_loads(finished):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from ..data.frames import FrameDataset, PlainRows
 from ..evaluation.figures import absent_lines, mean_over, percent, short_protocol, sizes_text
 from .options import EXAMPLE, TrainOptions
+from .plan import Phase
 from .sets import FrameSets, same_frames, shared_scenes
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -28,10 +30,11 @@ def model_card(
     results: dict[str, Any],
     training: FrameSets | PlainRows,
     validation: FrameDataset | PlainRows,
+    phases: Sequence[Phase] = (),
 ) -> str:
     """README.md of a trained model: metadata for the Hub, use, result with its protocol, data, recipe, limits.
 
-    results: of `score_frames`, and "step" when the model is the best one of a run that goes on.
+    results: of `score_frames`, and "step" when the model is the best one of a run that goes on. phases: of the run.
     """
     protocol, best_step = results["protocol"], results.get("step")
     names = model.config.class_names
@@ -64,6 +67,7 @@ def model_card(
         overlap=overlap_text(training, validation),
         random_start=options.model in PRESETS,
         start_weights="random weights" if options.model in PRESETS else f"the weights of {code(options.model)}",
+        phases=[(plain(phase.name), phase.first_step, phase.last_step) for phase in phases],
         processes="one process" if world == 1 else f"each of {world} processes",
         torch_version=torch.__version__,
         transformers_version=transformers.__version__,
@@ -150,7 +154,7 @@ def changed_options(options: TrainOptions) -> list[str]:
     words = []
     for field in dataclasses.fields(TrainOptions):
         value = getattr(options, field.name)
-        if value == field.default or field.name == "resume":
+        if value == field.default or field.name in ("resume", "phase"):
             continue
         words.append(f"--{field.name.replace('_', '-')}")
         if field.name == "data":

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..data.files import named_when_full, write_file
 from .options import TrainOptions
+from .plan import Phase
 
 
 class RecentLosses:
@@ -102,7 +104,7 @@ def append_line(path: Path, text: str) -> None:
 class Log:
     """log.jsonl and the tracker, written by the first process."""
 
-    def __init__(self, accelerator: Accelerator, options: TrainOptions, first_step: int):
+    def __init__(self, accelerator: Accelerator, options: TrainOptions, first_step: int, phases: Sequence[Phase] = ()):
         self.accelerator, self.path = accelerator, options.out / "log.jsonl"
         if accelerator.is_main_process:
             lines, torn = read_log(self.path)
@@ -113,6 +115,10 @@ class Log:
                 line for line in lines
                 if line["step"] <= first_step and not ("miou" in line and line["step"] == options.steps)
             ]  # fmt: skip
+            named = {line.get("phase") for line in kept}
+            kept += [
+                {"step": p.first_step, "phase": p.name, "last_step": p.last_step} for p in phases if p.name not in named
+            ]
             write_file(self.path, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
         simple = {name: v if isinstance(v, int | float | str) else str(v) for name, v in vars(options).items()}
         accelerator.init_trackers("tqdm", config=simple)

@@ -61,7 +61,7 @@ def learning_rate(step: int, base: float, steps: int, warmup_steps: int, min_lr:
 def set_learning_rates(
     optimizer: torch.optim.Optimizer, step: int, steps: int, warmup_steps: int, min_lr: float
 ) -> dict[str, float]:
-    """Sets every group's rate for `step`, which depends only on the step; returns them by group."""
+    """Sets every group's rate for `step` of the `steps` of a phase; returns them by group."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, group["base_lr"], steps, warmup_steps, min_lr)
     return {f"lr_{group['name']}": group["lr"] for group in optimizer.param_groups}

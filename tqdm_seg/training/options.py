@@ -23,11 +23,17 @@ EXAMPLE = "orfd_mini"
 
 # Options that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE_OPTIONS = (
-    "out", "resume", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "eval_every_steps", "keep",
-    "overlays",
-    "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing", "compile",
-    "channels_last", "data", "eval_data", "model", "precision",
-    "class_set", "class_vectors",
+    "out", "resume", "phase", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "eval_every_steps",
+    "keep", "overlays", "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing",
+    "compile", "channels_last", "data", "eval_data", "model", "precision", "class_set",
+    "class_vectors",
+)  # fmt: skip
+
+# Options that a resumed run may change in a new phase: how it goes on from the weights that it has.
+PHASE_OPTIONS = (
+    "steps", "lr", "vision_lr_mult", "min_lr", "warmup_steps", "weight_decay", "clip_norm", "sampling", "temperature",
+    "min_pixels", "crop", "teacher_drop_path", "class_weight", "mask_weight", "dice_weight", "textual_weight",
+    "visual_weight", "score_map_weight",
 )  # fmt: skip
 
 # Numbers that must be above 0; all others may be 0.
@@ -102,6 +108,10 @@ class TrainOptions:
     # Where the run lives and what it reports.
     out: Path = _run(Path("runs/quickstart"), help="run folder")
     resume: bool = _run(False, help="continue from the last checkpoint in --out, if there is one")
+    phase: str | None = _run(
+        None, metavar="NAME", help="with --resume: go on from the last checkpoint with other --steps, rates, "
+        "weights of losses or sampling; warm-up and decay start again, and args.json and log.jsonl name the phase and its steps",
+    )  # fmt: skip
     dry_run: bool = _run(False, help="build everything, print the plan and the memory it takes, and stop")
     doctor: bool = _run(
         False, help="print what there is to know of the data, and stop: class shares, likely 0/255 masks, leaks, "
@@ -244,6 +254,8 @@ class TrainOptions:
             raise ValueError("--no-index reads one dataset; prepare several, or give one --data")
         if len(self.train_sources) > 1 and self.eval_data is None:
             raise ValueError("several --data sets need --eval-data PATH, the dataset to evaluate on")
+        if self.phase is not None and not self.resume:
+            raise ValueError(f"--phase {cut(self.phase)} goes on with a run; add --resume")
         if self.no_index != (self.class_names is not None):
             raise ValueError("--no-index needs --class-names, and --class-names needs --no-index")
         if self.no_index and self.data is None:
@@ -281,8 +293,8 @@ class TrainOptions:
 
 # Options of `train` that an ablation sets itself.
 _SET_BY_ABLATION = (
-    "seed", "resume", "dry_run", "doctor", "overlays", "tracker", "push_to_hub", "no_text_attention", "random_queries",
-    "textual_weight", "visual_weight", "score_map_weight",
+    "seed", "resume", "phase", "dry_run", "doctor", "overlays", "tracker", "push_to_hub", "no_text_attention",
+    "random_queries", "textual_weight", "visual_weight", "score_map_weight",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -19,13 +19,22 @@ from ..data.files import check_out_folder, claim_folder, read_json, write_file
 from ..data.frames import FrameDataset, PlainRows
 from ..deploy.folder import file_sum, identity
 from ..evaluation.groups import flatten
-from .options import FREE_OPTIONS, PRESETS, TrainOptions
+from ..program import cut
+from .options import FREE_OPTIONS, PHASE_OPTIONS, PRESETS, TrainOptions
 from .sets import FrameSets
 from .teacher import Teacher
 
 ARGS = "args.json"
 # Libraries whose versions decide the last digits of a run.
 _LIBRARIES = ("tqdm-seg", "torch", "transformers", "accelerate", "numpy", "opencv-python-headless")
+
+
+class Phase(NamedTuple):
+    """A part of a run with one set of options: steps first_step ... last_step - 1."""
+
+    name: str
+    first_step: int
+    last_step: int
 
 
 def check_folder(out: Path, resume: bool) -> None:
@@ -81,26 +90,56 @@ def _version(name: str) -> str:
         return "not installed"
 
 
-def write_facts(out: Path, facts: dict[str, Any]) -> None:
+def write_facts(out: Path, facts: dict[str, Any], phases: list[Phase]) -> None:
     """Makes the run folder with its args.json."""
     claim_folder(out, "train")
-    write_file(out / ARGS, (json.dumps(facts, indent=2) + "\n").encode())
+    content = facts | {"phases": [phase._asdict() for phase in phases]}
+    write_file(out / ARGS, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def check_resumable(out: Path, now: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Raises ValueError when options or contents of the run in `out` changed that may not; says changed versions."""
-    old = flatten(read_json(out / ARGS, fix="copy it again, or choose another --out"))
-    versions, changed = [], []
+def check_resumable(out: Path, now: dict[str, Any], phase: str | None, say: Callable[[str], None]) -> list[Phase]:
+    """The phases of the run in `out` up to now, and says changed versions.
+
+    phase: name of the phase to go on with or to begin, None for the last one. Raises ValueError when options or
+    contents changed that may not, or only in a new phase.
+    """
+    before = read_json(out / ARGS, fix="copy it again, or choose another --out")
+    phases = [Phase(**phase) for phase in before.pop("phases", [])] or [Phase("first", 0, now["steps"])]
+    old, versions, changed = flatten(before), [], {}
     for name, value in flatten(now).items():
         if name not in FREE_OPTIONS and old.get(name) != value:
             words = f"{name.removeprefix('identity.')} was {old.get(name)}, now {value}"
-            (versions if name.startswith("versions.") else changed).append(words)
-    if changed:
+            if name.startswith("versions."):
+                versions.append(words)
+            else:
+                changed[name] = words
+    new = phase not in (None, phases[-1].name)
+    if new and phase in [earlier.name for earlier in phases]:
         raise ValueError(
-            f"cannot resume {out}: {'; '.join(changed[:3])}; repeat what the run began with, or choose another --out"
+            f"the phase {cut(phase)} of {out} is over, {phases[-1].name} came after it; choose another name"
         )
+    if changed and not (new and changed.keys() <= {*PHASE_OPTIONS}):
+        fix = "repeat what the run began with, or choose another --out"
+        if changed.keys() <= {*PHASE_OPTIONS}:
+            fix = "repeat what it was, or name a new phase by --phase NAME"
+        raise ValueError(f"cannot resume {out}: {'; '.join([*changed.values()][:3])}; {fix}")
     if versions:
         say(f"other versions than at the start: {'; '.join(versions)}: the last digits may differ")
+    return phases
+
+
+def phases_from(phases: list[Phase], name: str | None, first_step: int, steps: int) -> list[Phase]:
+    """The phases of a run that goes on at `first_step`: those before, and one to `steps`, new or the last one's rest.
+
+    Raises ValueError when a new phase has no step.
+    """
+    *earlier, last = phases
+    if name in (None, last.name):
+        # An older checkpoint than the one that the phase began with, because that is damaged.
+        return [*earlier, last._replace(first_step=min(last.first_step, first_step))]
+    if steps <= first_step:
+        raise ValueError(f"{first_step} steps are done; the phase {cut(name)} needs --steps above that, the last step")
+    return [*earlier, last._replace(last_step=first_step), Phase(name, first_step, steps)]
 
 
 def images_per_step(options: TrainOptions, processes: int) -> int:

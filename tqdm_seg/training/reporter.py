@@ -22,6 +22,7 @@ from .card import evaluated_frames, model_card
 from .log import Log
 from .options import TrainOptions
 from .overlays import draw_frames
+from .plan import Phase
 from .sets import FrameSets
 
 
@@ -39,6 +40,7 @@ class Reporter:
     training: FrameSets | PlainRows
     validation: FrameDataset | PlainRows
     log: Log
+    phases: list[Phase]
     whole: TqdmForSemanticSegmentation = field(init=False)  # `trained`, gathered if it is sharded
 
     def evaluate(self, step: int) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Reporter:
 
     def write_model(self, folder: Path, results: dict[str, object]) -> None:
         """Model folder with its card and results.json."""
-        card = model_card(self.options, self.whole, results, self.training, self.validation)
+        card = model_card(self.options, self.whole, results, self.training, self.validation, self.phases)
         files = {"README.md": card, "results.json": json.dumps(results, indent=2) + "\n"}
         save_model_folder(self.saved(), self.processor, folder, files)
 
