@@ -110,7 +110,7 @@ class TrainOptions:
     resume: bool = _run(False, help="continue from the last checkpoint in --out, if there is one")
     phase: str | None = _run(
         None, metavar="NAME", help="with --resume: go on from the last checkpoint with other --steps, rates, "
-        "weights of losses or sampling; warm-up and decay start again, and args.json and log.jsonl name the phase and its steps",
+        "weights of losses or sampling; warm-up and decay start again; args.json and log.jsonl name the phase",
     )  # fmt: skip
     dry_run: bool = _run(False, help="build everything, print the plan and the memory it takes, and stop")
     doctor: bool = _run(
