@@ -25,8 +25,7 @@ EXAMPLE = "orfd_mini"
 FREE_OPTIONS = (
     "out", "resume", "phase", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "eval_every_steps",
     "keep", "overlays", "tracker", "license", "push_to_hub", "batch_size", "accumulation", "gradient_checkpointing",
-    "compile", "channels_last", "data", "eval_data", "model", "precision", "class_set",
-    "class_vectors",
+    "compile", "channels_last", "data", "eval_data", "model", "precision", "class_set", "class_vectors",
 )  # fmt: skip
 
 # Options that a resumed run may change in a new phase: how it goes on from the weights that it has.
