@@ -728,16 +728,23 @@ def _display_names(texts: list[str], names: list[str]) -> dict[str, str] | None:
     return {text: name for text, name in zip(texts, names, strict=True) if text != name} or None
 
 
+@functools.cache
+def _tokenizer() -> Any:
+    """CLIP's byte-pair encoder; making it reads its vocabulary."""
+    from open_clip.tokenizer import SimpleTokenizer  # here, for importing it takes seconds
+
+    return SimpleTokenizer()
+
+
 def _encode(texts: list[str]) -> list[list[int]]:
     """CLIP byte-pair ids of texts, without start and end token."""
     try:
-        from open_clip.tokenizer import SimpleTokenizer  # here, for importing it takes seconds
+        tokenizer = _tokenizer()
     except ImportError as error:
         raise ImportError(
             f"this configuration has no token ids for {texts}, and the CLIP tokeniser that makes them is missing: "
             "pip install open_clip_torch (once; a saved model keeps the ids)"
         ) from error
-    tokenizer = SimpleTokenizer()
     return [tokenizer.encode(text) for text in texts]
 
 

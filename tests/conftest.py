@@ -7,15 +7,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process of tests per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from typing import TYPE_CHECKING
+
 import pytest
-import torch
 
-from tqdm_seg.configuration_tqdm import TqdmConfig
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+# torch is imported where it is used: the process that divides the tests among others starts them seconds sooner.
+if TYPE_CHECKING:
+    import torch
+
+    from tqdm_seg.configuration_tqdm import TqdmConfig
+    from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 
-def micro_config(tower: str = "clip", **overrides) -> TqdmConfig:
+def micro_config(tower: str = "clip", **overrides) -> "TqdmConfig":
     """The smallest model that has every part: 32 px, 8 px patches, three classes, nothing random in its forward."""
+    from tqdm_seg.configuration_tqdm import TqdmConfig
+
     fields = {
         "id2label": {0: "road", 1: "traffic light", 2: "sky"},
         "vision_config": {
@@ -36,8 +43,12 @@ def micro_config(tower: str = "clip", **overrides) -> TqdmConfig:
     return TqdmConfig.from_preset("tiny", **{**fields, **overrides})
 
 
-def micro_model(tower: str = "clip", **overrides) -> TqdmForSemanticSegmentation:
+def micro_model(tower: str = "clip", **overrides) -> "TqdmForSemanticSegmentation":
     """A model of `micro_config`, the same weights every time, in eval mode."""
+    import torch
+
+    from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+
     torch.manual_seed(0)
     return TqdmForSemanticSegmentation(micro_config(tower, **overrides)).eval()
 
@@ -45,6 +56,8 @@ def micro_model(tower: str = "clip", **overrides) -> TqdmForSemanticSegmentation
 @pytest.fixture(scope="module")
 def one_thread():
     """Torch computes on one thread while the tests of a module run."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,20 +65,24 @@ def one_thread():
 
 
 @pytest.fixture(params=["clip", "eva02"])
-def model(request) -> TqdmForSemanticSegmentation:
+def model(request) -> "TqdmForSemanticSegmentation":
     """A micro model with each vision tower."""
     return micro_model(request.param)
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
+def images() -> "torch.Tensor":
     """Two normalised images (2, 3, 32, 32)."""
+    import torch
+
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture
-def labels() -> torch.Tensor:
+def labels() -> "torch.Tensor":
     """Label maps (2, 32, 32) of three classes with an ignored band."""
+    import torch
+
     values = torch.randint(0, 3, (2, 4, 4), generator=torch.Generator().manual_seed(2))
     values = values.repeat_interleave(8, 1).repeat_interleave(8, 2)
     values[:, :3] = 255

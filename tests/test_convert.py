@@ -1,9 +1,6 @@
 """Nothing of a checkpoint is lost, guessed or silently ignored; converted towers compute what their library does."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from json import dumps
@@ -17,6 +14,7 @@ import torch
 from conftest import micro_config
 from make_published_keys import published_shapes
 from parity import LOGIT, PACKS, Pack, pack_config
+from processes import finish
 from safetensors.torch import save_file
 from timm.layers import RotaryEmbeddingCat
 from timm.models.eva import checkpoint_filter_fn
@@ -459,9 +457,10 @@ def test_other_files_are_named(tmp_path, content):
 
 LOAD_ALONE = """
 import sys, torch
+import transformers.dynamic_module_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
-folder, golden, out = sys.argv[1:]
+folder, golden, out, transformers.dynamic_module_utils.HF_MODULES_CACHE = sys.argv[1:]
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -485,20 +484,8 @@ def test_a_converted_folder_predicts_in_a_fresh_process_as_the_published_code_di
         file.name for file in folder.iterdir()
     }
     golden, out = PACKS / "mini_clip" / "golden.safetensors", tmp_path / "out.safetensors"
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "OMP_NUM_THREADS": "2",
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", LOAD_ALONE, folder, golden, out],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["TqdmForSemanticSegmentation", "TqdmImageProcessor", "TqdmModel"]
+    printed = finish("-c", LOAD_ALONE, folder, golden, out, tmp_path / "modules", folder=tmp_path)
+    assert printed.splitlines()[-1].split() == ["TqdmForSemanticSegmentation", "TqdmImageProcessor", "TqdmModel"]
     read = read_checkpoint(out)
     assert pack.compare("eval_native/semantic", read["logits"], LOGIT).passed
     assert pack.compare("eval_native/mask_logits_3", read["inner"][:, -1], LOGIT).passed

@@ -1,10 +1,7 @@
 """Folders of models: damaged ones are refused in one line, and every saved one loads through every door."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +9,7 @@ import pytest
 import torch
 from conftest import micro_model
 from PIL import Image
+from processes import finish
 from safetensors.torch import load_file, save_file
 
 from tqdm_seg.commands import start
@@ -133,6 +131,7 @@ def test_code_planted_in_a_folder_does_not_run(folder, photo, tmp_path, monkeypa
     (folder / "custom_generate").mkdir()
     (folder / "custom_generate" / "generate.py").write_text("open('victim', 'w').write('ran')\n")
     assert start("predict", [str(folder), str(photo), "--out", "out"]) == 0
+    monkeypatch.setattr("tqdm_seg.deploy.export.export_torch", lambda window, example, path: path.write_bytes(b""))
     export(model=str(folder), out="exported", format=("torch",), check=False)
     load_model(folder)
     from tqdm_seg.training.build import build_model
@@ -169,13 +168,15 @@ def test_start_models_are_named_in_one_line(folder, photo, tmp_path, capsys, tra
 
 # ---- Every way of saving against every way of loading
 
-# Run in a fresh process in a folder of its own: loads by every door, prints the ids of an image by each.
+# Run in a new process in a folder of its own: loads by every door, prints the ids of an image by each.
 DOORS = """
 import json, sys
 import torch
+import transformers.dynamic_module_utils
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
-folder, photo, holds = sys.argv[1:]
+folder, photo, holds, modules = sys.argv[1:]
+transformers.dynamic_module_utils.HF_MODULES_CACHE = modules
 ours, names = {"trust_remote_code": True}, ["road", "traffic light", "sky"]
 image, found = Image.open(photo), {}
 processor = AutoImageProcessor.from_pretrained(folder, **ours)
@@ -292,15 +293,10 @@ def test_every_saved_folder_loads_through_every_door(saved, save, tmp_path):
     save(saved, out)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 40, 3), np.uint8)).save(photo)
     holds = "processor" if save in (save_processor, save_processor_again) else "model"
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", DOORS, str(out), str(photo), holds], capture_output=True, text=True, cwd=tmp_path,
-        env=environment, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed = finish("-c", DOORS, out, photo, holds, tmp_path / "modules", folder=tmp_path)
     if holds == "processor":
         return
-    found = json.loads(done.stdout.split("FOUND ")[1])
+    found = json.loads(printed.split("FOUND ")[1].splitlines()[0])
     model, processor = load_model(saved)
     values = processor(images=Image.open(photo), return_tensors="pt").pixel_values
     expected = model.segment_labels(values, (40, 40))[0].flatten().tolist()

@@ -134,7 +134,7 @@ def user(folder, photos, tmp_path_factory) -> dict:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(home / "hf"), "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=home, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=home, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     with np.load(home / "arrays.npz") as arrays:

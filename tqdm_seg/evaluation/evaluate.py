@@ -61,6 +61,21 @@ def predict_frame(
     return ids.long(), tuple(views[0].shape[-2:])
 
 
+def count_frames(
+    model: TqdmForSemanticSegmentation, processor: TqdmImageProcessor, frames: Iterable[Frame]
+) -> tuple[Tensor, Counter[tuple[int, int]]]:
+    """The confusion matrix (K, K + 1) of all frames together, on the model's device, and how many have which size."""
+    num_classes = model.config.num_labels
+    matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=model.device)
+    sizes: Counter[tuple[int, int]] = Counter()
+    for frame in frames:
+        prediction, _ = predict_frame(model, processor, frame)
+        labels = torch.tensor(frame.labels, device=prediction.device)
+        matrix += confusion_matrix(prediction, labels, num_classes, IGNORE_INDEX)
+        sizes[frame.labels.shape] += 1
+    return matrix, sizes
+
+
 def score_frames(
     model: TqdmForSemanticSegmentation,
     processor: TqdmImageProcessor,
@@ -76,17 +91,8 @@ def score_frames(
     afterwards, computes on the fast path in the precision of the training; it has no adapters.
     """
     precision = number_format(accelerator).split()[0]
-    num_classes = model.config.num_labels
-    matrix = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64, device=model.device)
-    sizes: Counter[tuple[int, int]] = Counter()
     with restore_arithmetic():
-        ready = ready_copy(model, precision)
-        for frame in frames:
-            prediction, _ = predict_frame(ready, processor, frame)
-            labels = torch.tensor(frame.labels, device=prediction.device)
-            matrix += confusion_matrix(prediction, labels, num_classes, IGNORE_INDEX)
-            sizes[frame.labels.shape] += 1
-
+        matrix, sizes = count_frames(ready_copy(model, precision), processor, frames)
     matrix = accelerator.reduce(matrix, "sum")
     sizes = sum(gather_object([sizes]), Counter())
     names = model.config.class_names
