@@ -126,12 +126,14 @@ def verdict(case: Case, folder: Path) -> tuple[str, str]:
     """The verdict on a case, and what was said."""
     action = case.make(folder)
     before = snapshot(folder)
+    home = Path.cwd()
+    os.chdir(folder)
     signal.alarm(SECONDS)
     try:
-        with contextlib.chdir(folder):
-            result, lines, error = attempt(action)
+        result, lines, error = attempt(action)
     finally:
         signal.alarm(0)
+        os.chdir(home)
     where = Path(traceback.extract_tb(error.__traceback__)[-1].filename) if error else ROOT
     foreseen = FORESEEN if not where.is_relative_to(ROOT) else (*FORESEEN, RuntimeError)
     told = "\n".join(lines) if error is None else f"{type(error).__name__}: {error}"

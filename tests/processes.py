@@ -6,6 +6,7 @@ They have loaded nothing of this project. Variables that libraries read when the
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -83,9 +84,12 @@ def finish(*words: object, folder: Path | None = None, **variables: str) -> str:
     return output
 
 
-def finish_two(*words: object, port: int, **variables: str) -> str:
+def finish_two(*words: object, **variables: str) -> str:
     """Runs two processes of one group, as torchrun starts them, to their good end; what both printed."""
-    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    group = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", **address}
     both = [PythonProcess(*words, **group, **variables, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
     ends = [process.finish() for process in both]
     assert [status for status, _ in ends] == [0, 0], ends

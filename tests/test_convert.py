@@ -460,7 +460,9 @@ import sys, torch
 import transformers.dynamic_module_utils
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation
-folder, golden, out, transformers.dynamic_module_utils.HF_MODULES_CACHE = sys.argv[1:]
+folder, golden, out, modules = sys.argv[1:]
+sys.path.insert(0, modules)
+transformers.dynamic_module_utils.HF_MODULES_CACHE = modules
 model = AutoModelForSemanticSegmentation.from_pretrained(folder, trust_remote_code=True)
 processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
 base = AutoModel.from_pretrained(folder, trust_remote_code=True)

@@ -2,12 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from importlib import import_module
@@ -21,6 +18,7 @@ from accelerate import Accelerator
 from conftest import micro_model
 from evaluation_helpers import CLASSES, OFFROAD, SIZE, blocks, model_of, offroad_frames, prepared_folder, roads, run
 from PIL import Image
+from processes import PythonProcess, finish_two
 from shard_helpers import call, orfd, photo, prepare, save
 
 from tqdm_seg.commands import start
@@ -317,21 +315,13 @@ def command(model: Path, source: str, out: Path, *more: str) -> list[str]:
     return ["-m", "tqdm_seg.evaluation.evaluate", str(model), "--data", source, "--out", str(out), *more]
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-
-
 @pytest.mark.slow
 def test_two_processes_count_every_frame_once_and_write_the_same_files(
     offroad_model, offroad, finished_offroad, tmp_path
 ):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    arguments = command(
-        offroad_model, f"orfd={offroad}", tmp_path / "out", "--save-every-frames", "7", "--workers", "1"
-    )
-    done = subprocess.run([*launch, *arguments], env=environment(), capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("## orfd: mIoU") == 1
+    more = ("--save-every-frames", "7", "--workers", "1")
+    printed = finish_two(*command(offroad_model, f"orfd={offroad}", tmp_path / "out", *more))
+    assert printed.count("## orfd: mIoU") == 1
     assert files(tmp_path / "out") == files(finished_offroad)
 
 
@@ -342,11 +332,11 @@ def test_a_killed_evaluation_goes_on_from_the_frames_it_has(
     out = tmp_path / "out"
     parts = out / "parts" / "orfd"
     arguments = command(offroad_model, f"orfd={offroad}", out, "--save-every-frames", "1", "--workers", "0")
-    with subprocess.Popen([sys.executable, *arguments], env=environment(), stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(parts.glob("*.npz"))) < 3:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL and not (out / "results.json").exists()
+    process = PythonProcess(*arguments)
+    while process.poll() is None and len(list(parts.glob("*.npz"))) < 3:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.finish()[0] == -signal.SIGKILL and not (out / "results.json").exists()
     done = read_scored(parts, 24, 2).rows
     assert 0 < len(done) < 24
     (parts / ".1.00000023.npz").write_bytes(b"PK")  # as if killed while it wrote

@@ -176,6 +176,7 @@ import transformers.dynamic_module_utils
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForSemanticSegmentation, pipeline
 folder, photo, holds, modules = sys.argv[1:]
+sys.path.insert(0, modules)
 transformers.dynamic_module_utils.HF_MODULES_CACHE = modules
 ours, names = {"trust_remote_code": True}, ["road", "traffic light", "sky"]
 image, found = Image.open(photo), {}

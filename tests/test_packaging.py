@@ -1,6 +1,7 @@
 """The wheel holds what users without a checkout need, and works where no checkout is."""
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -114,6 +115,16 @@ def test_the_wheel_works_in_an_empty_folder(site, tmp_path):
     assert "train" in run(sys.executable, "-m", "tqdm_seg.cli", "--help", folder=tmp_path, PYTHONPATH=str(site))
     plan = run(sys.executable, "-m", "tqdm_seg.cli", "train", "--dry-run", folder=tmp_path, PYTHONPATH=str(site))
     assert "parameters" in plan  # of a model for the classes of the packaged examples
+
+
+def test_the_lowest_versions_that_are_tested_are_the_minimums():
+    def listed(file: str, pattern: str) -> dict[str, str]:
+        return dict(re.findall(pattern, (ROOT / file).read_text(encoding="utf-8"), re.MULTILINE))
+
+    minimums = listed("setup.py", r'"([\w-]+)>=([\d.]+)"')
+    tested = listed("tests/constraints-lowest.txt", r"^([\w-]+)==([\d.]+)$")
+    assert tested.keys() == minimums.keys() and len(tested) > 20
+    assert not [name for name in tested if not f"{tested[name]}.".startswith(f"{minimums[name]}.")]
 
 
 def test_no_file_shadows_a_library():

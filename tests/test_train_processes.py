@@ -111,12 +111,12 @@ def test_chance_is_by_sample_over_twenty_steps(fixed, tmp_path):
 
 def test_published_loss_counts_depend_on_how_images_are_divided(fixed, one, tmp_path):
     more = ["--batch-size", "2", "--out", tmp_path / "run", "--loss-counts", "published"]
-    finish_two(PROGRAM, *fixed, *more, port=29511)
+    finish_two(PROGRAM, *fixed, *more)
     assert losses(tmp_path / "run") != pytest.approx(losses(one), rel=1e-5)
 
 
 def test_a_model_sharded_by_fsdp2_is_saved_whole_and_loads_anywhere(tmp_path):
-    assert finish_two(HERE / "sharded_state.py", tmp_path, port=29512).count("sharded state is whole") == 2
+    assert finish_two(HERE / "sharded_state.py", tmp_path).count("sharded state is whole") == 2
 
 
 def test_one_process_where_two_were_asked_for_is_an_error(fixed, tmp_path):
