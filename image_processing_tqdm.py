@@ -9,6 +9,11 @@ images into a box first, with `do_resize=True` and these sizes (which enlarge sm
 Letters: B batch, K classes, H W image.
 """
 
+import math
+import operator
+from numbers import Integral, Real
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,12 +30,16 @@ from transformers.image_utils import (
     PILImageResampling,
     SizeDict,
     is_valid_image,
+    pil_torch_interpolation_mapping,
 )
 from transformers.pipelines.image_segmentation import ImageSegmentationPipeline
 from transformers.processing_utils import ImagesKwargs, Unpack
 from transformers.utils import ModelOutput, TensorType
 
-from .images_tqdm import as_rgb
+from .images_tqdm import as_rgb, shorten
+
+LARGEST_SIDE = 100_000  # pixels of a resized image: above it, a number is a slip
+_SIZES = ({"shortest_edge", "longest_edge"}, {"shortest_edge"}, {"height", "width"}, {"max_height", "max_width"})
 
 
 class TqdmImageProcessorKwargs(ImagesKwargs, total=False):
@@ -61,6 +70,10 @@ class TqdmImageProcessor(TorchvisionBackend):
     image_mean = OPENAI_CLIP_MEAN
     image_std = OPENAI_CLIP_STD
 
+    def __init__(self, **kwargs: Unpack[TqdmImageProcessorKwargs]):
+        check_options({name: kwargs.get(name, getattr(self, name, None)) for name in _EXPECTED})
+        super().__init__(**kwargs)
+
     def preprocess(
         self,
         images: ImageInput,
@@ -75,10 +88,23 @@ class TqdmImageProcessor(TorchvisionBackend):
         segmentation_maps: one map of class ids per image, as large as the image: a PIL image of mode "P" (the palette
             indices count, not the colours), "L" or "I", or an integer array or tensor (H, W) -> `labels` (H, W) int64
             each, resized with the image (nearest neighbour).
-        Raises ValueError for images that `as_rgb` refuses, for maps of another size than their image or without class
-        ids, and for images of different sizes with `return_tensors`; FileNotFoundError for a path without a file.
+        Raises ValueError for options as `check_options`, images that `as_rgb` refuses, maps of another size than their
+        image or without class ids, and images of different sizes with `return_tensors`; FileNotFoundError for a path
+        without a file.
         """
-        return super().preprocess(images, segmentation_maps, **kwargs)
+        kinds = [kind.value for kind in TensorType]
+        if (kind := kwargs.get("return_tensors")) is not None and kind not in kinds:
+            raise ValueError(f"return_tensors is {shorten(repr(kind), 60)} and must be one of {', '.join(kinds)}")
+        check_options({name: kwargs.get(name, getattr(self, name)) for name in _EXPECTED})
+        for name in ("image_mean", "image_std"):
+            if kwargs.get(name) is not None:  # the library takes no whole numbers
+                kwargs[name] = [float(value) for value in _bands(kwargs[name])]
+        try:
+            return super().preprocess(images, segmentation_maps, **kwargs)
+        except Exception as error:
+            if not type(error).__name__.startswith("StrictDataclass"):  # huggingface_hub's, of any length
+                raise
+            raise ValueError(f"{shorten(error, 250)}; see TqdmImageProcessorKwargs") from error
 
     def post_process_semantic_segmentation(
         self,
@@ -89,19 +115,19 @@ class TqdmImageProcessor(TorchvisionBackend):
         """The class id of every pixel: a list of B maps (h, w) int64, on the device of `outputs.logits` (B, K, H, W).
 
         target_sizes: B pairs (height, width) that the scores are resized to before the argmax; None keeps (H, W).
-            Raises ValueError when there are not B of them.
         return_segmentation_scores: per image the fields `segmentation` (h, w) and `segmentation_scores` (K, h, w).
+        Raises ValueError for outputs without logits, logits with NaN (on CPUs), and target_sizes that are not B pairs.
         """
-        logits = outputs.logits  # (B, K, H, W)
-        if target_sizes is None:
-            target_sizes = [logits.shape[-2:]] * len(logits)
-        if len(target_sizes) != len(logits):
+        logits = getattr(outputs, "logits", None)  # (B, K, H, W)
+        if not isinstance(logits, Tensor) or logits.ndim != 4 or not logits.numel() or not logits.is_floating_point():
+            came = f"{logits.dtype} {tuple(logits.shape)}" if isinstance(logits, Tensor) else type(outputs).__name__
             raise ValueError(
-                f"{len(target_sizes)} target_sizes for a batch of {len(logits)}; pass one (height, width) per image"
+                f"outputs must be the model's, with float logits (batch, classes, height, width), not {came}"
             )
+        if logits.device.type == "cpu" and not torch.stack(logits.aminmax()).isfinite().all():
+            raise ValueError("the logits hold NaN or inf; the weights are damaged, or their precision is too low")
         results = []
-        for scores, target in zip(logits, target_sizes, strict=True):
-            size = (int(target[0]), int(target[1]))
+        for scores, size in zip(logits, _pairs(target_sizes, logits), strict=True):
             if return_segmentation_scores:
                 scores = _resize_scores(scores, size)
                 # BatchFeature is the parent of the library's class for this, which transformers 5.10 does not have.
@@ -186,7 +212,12 @@ class TqdmImageProcessor(TorchvisionBackend):
             if do_normalize and not do_rescale and not pixels.is_floating_point():
                 raise ValueError(f"image {index} holds bytes, which have to be rescaled; leave out do_rescale=False")
             place = image.device if device is None and isinstance(image, Tensor) else device
-            prepared.append(pixels.contiguous().to(place))
+            try:
+                prepared.append(pixels.contiguous().to(place))
+            except (RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"device is {place!r}, which torch cannot use ({shorten(error, 80)}); try cpu"
+                ) from error
         return prepared
 
     def _preprocess(
@@ -253,6 +284,75 @@ def _best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return ids
 
 
+_EXPECTED = {
+    **dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize", "antialias"), "True or False"),
+    "size": f'{{"height": ..., "width": ...}} or {{"shortest_edge": ..., "longest_edge": ...}}, 1 to {LARGEST_SIDE}',
+    "resample": "a PIL.Image.Resampling, such as 2 (bilinear) or 3 (bicubic)",
+    "rescale_factor": "a number above 0 and at most 1, such as 1 / 255",
+    "image_mean": "three numbers, one per band, that lie where pixels do after do_rescale",
+    "image_std": "three numbers above 0, one per band",
+}
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises ValueError, naming the option, for a value that makes no sense; None stands for the default."""
+    resample, factor, mean, std = (options[name] for name in ("resample", "rescale_factor", "image_mean", "image_std"))
+    rgb = options["do_convert_rgb"] is not False  # else bands and pixels may be anything
+    most = 255 * factor if options["do_rescale"] is not False and _is_number(factor) else 1
+    fits = {
+        "size": _is_size(options["size"]),
+        "resample": isinstance(resample, int | InterpolationMode)
+        and not isinstance(resample, bool)
+        and resample in pil_torch_interpolation_mapping.keys() | {*pil_torch_interpolation_mapping.values()},
+        "rescale_factor": _is_number(factor) and 0 < factor <= 1,
+        "image_mean": _are_bands(mean, rgb)
+        and (not rgb or options["do_normalize"] is False or all(0 <= value <= most for value in _bands(mean))),
+        "image_std": _are_bands(std, rgb) and min(_bands(std)) > 0,
+    }
+    for name, expected in _EXPECTED.items():
+        value = options[name]
+        if value is not None and not fits.get(name, isinstance(value, bool)):
+            raise ValueError(f"{name} is {shorten(repr(value), 60)} and must be {expected}")
+
+
+def _is_number(value: Any, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(size: Any) -> bool:
+    """Whether `resize` can use it; a number is a square, a pair height and width."""
+    if not isinstance(size, dict | SizeDict):
+        size = dict(zip(("height", "width"), size if isinstance(size, list | tuple) else (size, size), strict=False))
+    sides = dict(size)
+    return set(sides) in _SIZES and all(_is_number(n, Integral) and 0 < n <= LARGEST_SIDE for n in sides.values())
+
+
+def _bands(values: Any) -> list:
+    """image_mean or image_std as a list; one number is for all bands."""
+    return list(values) if isinstance(values, list | tuple) else [values]
+
+
+def _are_bands(values: Any, rgb: bool) -> bool:
+    return len(_bands(values)) in ((1, 3) if rgb else range(1, 99)) and all(map(_is_number, _bands(values)))
+
+
+def _pairs(target_sizes: Any, logits: Tensor) -> list[tuple[int, int]]:
+    """A pair (height, width) for every image of logits (B, K, H, W); raises ValueError for anything else."""
+    if target_sizes is None:
+        return [tuple(logits.shape[-2:])] * len(logits)
+    try:
+        sizes = [tuple(operator.index(side) for side in size) for size in target_sizes]
+    except TypeError:
+        sizes = [()]
+    if not all(len(size) == 2 and 0 < min(size) <= max(size) <= LARGEST_SIDE for size in sizes):
+        raise ValueError(
+            f"target_sizes are {shorten(repr(target_sizes), 60)} and must be pairs of whole numbers, (height, width)"
+        )
+    if len(sizes) != len(logits):
+        raise ValueError(f"{len(sizes)} target_sizes for a batch of {len(logits)}; pass one (height, width) per image")
+    return sizes
+
+
 def _image_list(images: ImageInput) -> list:
     """Single images of one, of nested lists, and of batches (B, ...) of rank 4."""
     if isinstance(images, (list, tuple)):
@@ -283,8 +383,12 @@ def _class_ids(segmentation_map: ImageInput, index: int) -> Tensor:
             f"segmentation map {index} is of type {type(segmentation_map).__name__}; pass a PIL image "
             "(PIL.Image.open), an array or a tensor"
         )
-    # np.array reads the indices of a palette image.
-    ids = segmentation_map if isinstance(segmentation_map, Tensor) else torch.from_numpy(np.array(segmentation_map))
+    ids = segmentation_map
+    if not isinstance(ids, Tensor):
+        ids = np.array(segmentation_map)  # of a palette image the indices
+        if ids.dtype.kind not in "buif":
+            raise ValueError(f"segmentation map {index} holds {ids.dtype}, and must hold integer class ids")
+        ids = torch.from_numpy(ids)
     shape = tuple(ids.shape)
     if ids.ndim == 3 and 1 in (shape[0], shape[-1]):
         ids = ids[0] if shape[0] == 1 else ids[..., 0]

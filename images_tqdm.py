@@ -98,7 +98,7 @@ def _read(source: str, timeout: float | None) -> bytes:
         with open(source, "rb") as file:
             return file.read()
     except FileNotFoundError:
-        raise FileNotFoundError(f"file not found: {shorten(source)}") from None
+        raise FileNotFoundError(f"file not found: {shorten(source)}; pass the path or URL of an image") from None
     except (OSError, ValueError) as error:  # ValueError: a zero byte in a path
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"cannot be read ({shorten(reason)}); pass the path or URL of an image") from error
@@ -122,7 +122,10 @@ def _bands_last(image: Any, channels_first: bool | None) -> np.ndarray:
     axes = (-1, 0)
     if hasattr(image, "is_floating_point"):  # a tensor; NumPy has no bfloat16
         axes, image = (0, -1), image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
+        try:
+            image = (image.float() if image.is_floating_point() else image).numpy()
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"is no plain tensor ({shorten(error, 80)}); pass a dense uint8 tensor") from error
     if not isinstance(image, np.ndarray):
         raise ValueError(f"is of type {type(image).__name__}; pass a path, URL, PIL image, uint8 array or tensor")
     shape = image.shape
@@ -142,8 +145,10 @@ def _bands_last(image: Any, channels_first: bool | None) -> np.ndarray:
 def _to_bytes(pixels: np.ndarray, fractions: bool) -> np.ndarray:
     """pixels (H, W, 1 or 3) of any dtype -> (H, W, 3) uint8, or float32 if they are fractions."""
     kind, dtype = pixels.dtype.kind, pixels.dtype
+    if not pixels.size:
+        raise ValueError(f"has no pixels, its shape is {pixels.shape}; expected (H, W, 3)")
     if kind not in "buif" or (kind == "f" and not fractions):
-        raise ValueError(f"holds {dtype}, expected bytes: {_FIX}")
+        raise ValueError(f"holds {shorten(dtype, 40)}, expected bytes: {_FIX}")
     if kind == "f":
         pixels = pixels.astype(np.float32)
     if kind == "b":

@@ -176,7 +176,7 @@ class Doors:
 
     def by_predict(self, path: Path) -> np.ndarray:
         """By `tqdm-seg predict`, read back from its PNG."""
-        predict_image(self.predictor, path, self.folder, "predicted")
+        predict_image(self.predictor, path, lambda: self.folder, "predicted")
         return np.asarray(Image.open(self.folder / "ids" / "predicted.png"))
 
     def prepared(self, path: Path, jpeg: int | None = None) -> np.ndarray:

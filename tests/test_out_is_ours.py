@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -189,8 +190,11 @@ def test_files_of_others_are_refused(tmp_path):
 
 
 def test_unwritable_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(PermissionError, match="permission"):
+    def refuse(**_: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(PermissionError, match=f"cannot write into {tmp_path} "):
         check_out_folder(tmp_path / "new", "predict")
 
 

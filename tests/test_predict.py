@@ -18,6 +18,7 @@ import tqdm_seg
 from tqdm_seg.commands import start
 from tqdm_seg.data.files import MARK
 from tqdm_seg.data.palette import class_colours, legend, tint
+from tqdm_seg.deploy import predict as predict_module
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
@@ -196,6 +197,33 @@ def test_unreadable_images_are_named_and_the_others_done(folder, photo, capsys):
     assert set(report["failed"]) == {str(inside / name) for name in ("cut.png", "text.jpg", "deep.tif", "small.png")}
     assert str(inside / "cut.png") in printed and str(out / "areas.json") in printed
     assert {file.name for file in out.rglob("*") if file.is_file()} == {"photo.png", "areas.json", MARK}
+
+
+def test_nothing_is_written_where_no_image_can_be_read(folder, photo, capsys):
+    (photo.parent / "text.jpg").write_text("no image")
+    status, out = run(folder, photo.parent / "text.jpg")
+    assert status == 1 and "text.jpg" in capsys.readouterr().err.splitlines()[-1] and not out.exists()
+
+
+def test_a_stopped_run_goes_on(folder, photo, monkeypatch, capsys):
+    photos = [photo, *(Path(shutil.copy(photo, photo.with_name(f"{name}.png"))) for name in "ab")]
+    whole = predict_module.predict_image
+
+    def stop_at_b(predictor, path, out, name):
+        if name == "b":
+            raise KeyboardInterrupt
+        return whole(predictor, path, out, name)
+
+    monkeypatch.setattr(predict_module, "predict_image", stop_at_b)
+    status, out = run(folder, *photos)
+    assert status == 130 and list(json.loads((out / "areas.json").read_text())["results"]) == ["photo", "a"]
+    done = []
+    monkeypatch.setattr(predict_module, "predict_image", lambda *of: done.append(of[3]) or whole(*of))
+    photos[1].write_bytes(photos[1].read_bytes())  # another time of change
+    (out / "overlays/photo.png").unlink()
+    for options, expected in (([], ["photo", "a", "b"]), ([], []), (["--flip"], ["photo", "a", "b"])):
+        done.clear()
+        assert run(folder, *photos, *options)[0] == 0 and done == expected
 
 
 @pytest.mark.parametrize(

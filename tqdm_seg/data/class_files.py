@@ -47,6 +47,8 @@ def read_classes(path: Path, masks_hold: Literal["ids", "colours"] = "colours") 
     naming the file and the line that is wrong.
     """
     lines = _lines(path)
+    if lines[0].text.lstrip().startswith(("{", '["')):
+        raise _wrong(path, lines[0].number, lines[0].text, f"is JSON; write one class per line: {_FORMS}")
     kinds = {(line.id is not None, line.colour is not None) for line in lines}
     if len(kinds) != 1:
         first = next(line for line in lines if (line.id is not None, line.colour is not None) != _kind(lines[0]))
@@ -65,6 +67,8 @@ def read_classes(path: Path, masks_hold: Literal["ids", "colours"] = "colours") 
     if not by_colour:
         table.setdefault(IGNORE_INDEX, IGNORE_INDEX)
     classes = tuple(sorted((name for name in new if name != IGNORED), key=new.__getitem__))
+    if len(classes) < 2:
+        raise ValueError(f"class file {path} names one class, {cut(repr(classes))}; name two or more, one per line")
     policy = f"ids or colours as listed in {path.name}; " + (
         "every other colour is an error" if by_colour else "255 is ignored, every other value is an error"
     )
@@ -182,7 +186,7 @@ def _by_blanks(path: Path, number: int, text: str, texts: list[tuple[int, str]])
         return [*match["before"].split(), match["name"], *match["after"].split()]
     if sum(own) < 2 and sum(usual) < 2 and len(shapes) > 1:
         return [word]  # "lane 1" among names without a number
-    raise _wrong(path, number, text, f"is not {_FORMS}; put a name with a number into quotes")
+    raise _wrong(path, number, text, f"expected {_FORMS}; put a name with a number into quotes")
 
 
 def _header(cells: list[str]) -> dict[str, int] | None:
@@ -230,7 +234,7 @@ def _line(path: Path, number: int, text: str, cells: list[str]) -> Line:
         colour = tuple(numbers[:3]) if place == 3 else tuple(numbers[-3:])
         numbers = numbers[place : place + 1] if len(numbers) == 4 else []
     if len(names) != 1 or len(numbers) > 1 or any(value > 255 for value in (*numbers, *(colour or ()))):
-        raise _wrong(path, number, text, f"is not {_FORMS}")
+        raise _wrong(path, number, text, f"expected {_FORMS}")
     name = _checked_name(path, number, text, names[0])
     return Line(number, text, name, numbers[0] if numbers else None, colour)  # type: ignore[arg-type]
 
@@ -245,5 +249,5 @@ def _checked_name(path: Path, number: int, text: str, name: str) -> str:
     if re.fullmatch(r"-?\d+([.,]\d+)?", name):
         raise _wrong(path, number, text, f"the name is a number; write {_FORMS}")
     if len(name) > LONGEST_NAME:
-        raise _wrong(path, number, text, f"the name is longer than {LONGEST_NAME} characters")
+        raise _wrong(path, number, text, f"the name is longer than {LONGEST_NAME} characters; use a shorter one")
     return name.strip()

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
@@ -162,8 +163,12 @@ def _check_place(path: Path) -> None:
     above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
     if not above.is_dir():
         raise NotADirectoryError(f"{above} is a file, so {path} cannot be made; choose another place")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write into {above}; choose another place than {path}")
+    try:  # asking for permission is not enough: /proc and read-only mounts say yes
+        os.rmdir(tempfile.mkdtemp(prefix=_TEMPORARY, dir=above))
+    except OSError as error:
+        raise PermissionError(
+            f"cannot write into {above} ({error.strerror}); choose another place than {path}"
+        ) from error
 
 
 def _some(names: Sequence[str]) -> str:

@@ -215,7 +215,7 @@ def make_shard(folder: Path, label_map: LabelMap, options: PrepareOptions, part:
                 read = read_pair(key, pair, label_map, options)
             except ValueError as error:
                 if not options.skip_bad:
-                    raise ValueError(f"{error}; or leave such frames out with --skip-bad") from error
+                    raise ValueError(f"{error}; correct it, or leave such frames out with --skip-bad") from error
                 skipped[key] = str(error)
                 hashes.append((_hash(pair.image), _hash(pair.label)))
                 continue
@@ -379,7 +379,7 @@ def _check_first(frames: dict[str, list[tuple[str, Pair]]], label_map: LabelMap,
             try:
                 read_pair(*members[0], label_map, options)
             except ValueError as error:
-                raise ValueError(f"{error}; or leave such frames out with --skip-bad") from error
+                raise ValueError(f"{error}; correct it, or leave such frames out with --skip-bad") from error
     if not label_map.counted or len(label_map.classes) != 2:
         return
     found: set[int] = set()

@@ -28,7 +28,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.files import check_out_folder, cut
-from ..program import takes
+from ..program import did_you_mean, takes
 from .checkpoints import read_checkpoint
 from .folder import check_loading, from_pretrained, save_model_folder
 from .key_rules import INITIAL_RULES, PUBLISHED_RULES, TEXT, VISION, apply_rules, dropped_keys
@@ -60,9 +60,11 @@ def recognise(state: dict[str, Tensor]) -> tuple[str, str | None]:
     for key, kind, activation in _KINDS:
         if key in state:
             return kind, activation
+    if any(key.startswith(VISION) for key in state):
+        raise ValueError("the weights of a model folder need no conversion; use the folder that they lie in")
     raise ValueError(
-        f"unrecognised checkpoint with keys such as {list(state)[:4]}; supported, with vision transformers: "
-        f"{', '.join(kind for _, kind, _ in _KINDS)}"
+        f"unrecognised checkpoint with keys such as {cut(', '.join(list(state)[:3]), 80)}; supported, with vision "
+        "transformers: published tqdm checkpoints, CLIP of OpenAI, open_clip and transformers, EVA02-CLIP"
     )
 
 
@@ -298,10 +300,14 @@ def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
 
     tag = None
     if not name.startswith(("hf-hub:", "local-dir:")):
-        name, _, tag = name.partition(":")
-        if not tag:
-            tags = open_clip.list_pretrained_tags_by_model(name)
-            raise ValueError(f"{name} names no weights; add a tag, {name}:TAG, of {', '.join(tags) or 'that model'}")
+        name, _, tag = name.replace("/", "-").partition(":")
+        models, tags = open_clip.list_models(), open_clip.list_pretrained_tags_by_model(name)
+        if name not in models:
+            near = did_you_mean(name, models)
+            raise ValueError(f"open_clip has no model {cut(repr(name))}{near}; pass NAME:TAG of its list_pretrained()")
+        if tag not in tags:
+            known = cut(", ".join(tags), 150) or "another model, for this one has no weights"
+            raise ValueError(f"{cut(f'{name}:{tag}')} names no weights; add a tag, {cut(name)}:TAG, of {known}")
     # Some tags, openai among them, are also listed under the model name of the other activation.
     quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) if tag else False
     try:
@@ -340,11 +346,14 @@ def convert(options: ConvertOptions) -> Path:
     """Converts, writes the folder, and prints what became of every tensor; returns the folder."""
     check_out_folder(options.out, "convert", [options.source], whole=True)
     state, activation = read_source(options)
-    if options.init is None:
-        model, conversion = load_published(state, options.preset, options.class_names)
-    else:
-        torch.manual_seed(options.seed)
-        model, conversion = start_model(options.init, state, activation, options.class_names)
+    try:
+        if options.init is None:
+            model, conversion = load_published(state, options.preset, options.class_names)
+        else:
+            torch.manual_seed(options.seed)
+            model, conversion = start_model(options.init, state, activation, options.class_names)
+    except ValueError as error:
+        raise ValueError(f"{cut(options.source, 100)}: {error}") from error
     save_model_folder(model, TqdmImageProcessor(), options.out, program="convert")
     print(f"{conversion}\n{options.out}: {model.config.num_labels} classes, {model.num_parameters():,} parameters")
     return options.out

@@ -25,16 +25,18 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 from tqdm_seg.windows_tqdm import Segmenter
 
-from ..data.files import check_out_folder, example, replace_folder, write_json
+from ..data.files import check_out_folder, cut, example, replace_folder, write_json
 from ..data.images import read_rgb
 from ..program import takes
-from .folder import load_model, model_folder, warn_untrained
+from .checkpoints import check_download
+from .folder import load_model, model_folder, read_config, warn_untrained
 from .options import ExportOptions
 from .self_check import verify
 from .speed import ready_to_predict
 
 INPUT, OUTPUT = "pixel_values", "scores"
 FACTS = "export.json"
+AGAIN = "make the export again: tqdm-seg export MODEL --out DIR"
 BOUND = 5e-4  # of a score, a sum of probabilities: what their logits may differ by from the published code's
 
 
@@ -145,7 +147,6 @@ def export(options: ExportOptions) -> dict[str, Any]:
         expected = {name: model.score(x) for name, x in inputs.items()}
     window, zeros, checks = WindowModel(ready_to_predict(model)), torch.zeros(2, 3, *size), {}
     facts: dict[str, Any] = {"input": INPUT, "output": OUTPUT, "versions": versions, "bound": BOUND, "checks": checks}
-    warn_untrained(model.config, options.model)
     with replace_folder(out, "export") as temporary:
         config.save_pretrained(temporary)
         processor.save_pretrained(temporary)
@@ -163,6 +164,7 @@ def export(options: ExportOptions) -> dict[str, Any]:
                 checks[path.name] = compare_scores(path.name, OnnxSegmenter(temporary).score, inputs, expected)
         write_json(temporary / FACTS, facts)
     print_files(out, checks)
+    warn_untrained(config, options.model)
     return facts
 
 
@@ -187,27 +189,32 @@ class OnnxSegmenter(Segmenter):
         folder, runtime = Path(folder), require("onnxruntime")
         missing = [name for name in ("window.onnx", "config.json") if not (folder / name).is_file()]
         if missing:
-            raise FileNotFoundError(
-                f"file not found: {folder / missing[0]}, so {folder} is no ONNX export; make one: "
-                "tqdm-seg export MODEL --out DIR"
-            )
+            raise FileNotFoundError(f"file not found: {folder / missing[0]}, so {folder} is no ONNX export; {AGAIN}")
         # TF32, which rounds the factors of products to 10 bits, is off.
         providers = {"cpu": ("CPUExecutionProvider", {}), "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"})}
         if device not in providers:
             raise ValueError(f"onnxruntime computes on {' or '.join(providers)} here, not on {device}")
+        self.config, path = read_config(folder, AGAIN), folder / "window.onnx"
+        check_download(path)
         options = runtime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         try:
-            self.session = runtime.InferenceSession(folder / "window.onnx", options, providers=[providers[device]])
+            self.session = runtime.InferenceSession(path, options, providers=[providers[device]])
         except Exception as error:  # onnxruntime's classes have no common base
-            raise ValueError(f"cannot read {folder / 'window.onnx'}: {error}") from error
+            raise ValueError(f"{path} is damaged or no ONNX file ({cut(error, 80)}); {AGAIN}") from error
+        names = [(port.name, *port.shape[1:2]) for port in (*self.session.get_inputs(), *self.session.get_outputs())]
+        channels, classes = self.config.vision_config.num_channels, self.config.num_labels
+        if names != [(INPUT, channels), (OUTPUT, classes)]:
+            raise ValueError(
+                f"{path} goes from and to {cut(names, 80)}, and its config.json says {INPUT} with {channels} channels "
+                f"to {OUTPUT} with {classes}; {AGAIN}"
+            )
         usable = device == "cpu" or torch.cuda.is_available()  # torch makes the input and takes the output
         # Asked for a GPU that it cannot use, onnxruntime takes the CPU without an error.
         if not usable or providers[device][0] not in self.session.get_providers():
             raise ValueError(
                 f"onnxruntime and torch find no {device} here; pip install onnxruntime-gpu, or choose --device cpu"
             )
-        self.config = TqdmConfig.from_pretrained(folder)
         self.config.name_or_path = str(folder)
         self.backend = f"onnxruntime {runtime.__version__}"
         self.device = torch.device(device)

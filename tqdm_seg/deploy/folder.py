@@ -59,10 +59,7 @@ def load_model(folder: Path) -> tuple[TqdmForSemanticSegmentation, TqdmImageProc
     model, loading = from_pretrained(
         TqdmForSemanticSegmentation, folder, dtype=torch.float32, ignore_mismatched_sizes=True, use_safetensors=True
     )  # fmt: skip
-    try:
-        processor = TqdmImageProcessor.from_pretrained(folder)
-    except Exception as error:  # whatever the fields of the file cause
-        raise ValueError(f"cannot load {folder / _CONFIGURATIONS[1]}: {cut(error, 150)}; {_AGAIN}") from error
+    processor = read_processor(folder)
     check_loading(loading, folder)
     weights = model.state_dict()
     integers = [name for name, kind in types.items() if "F" not in kind and weights[name].is_floating_point()]
@@ -102,20 +99,40 @@ def check_loading(loading: dict[str, Any], name: str | Path) -> None:
         )
 
 
+def read_config(folder: Path, again: str = _AGAIN) -> TqdmConfig:
+    """The model's configuration; raises FileNotFoundError or ValueError, naming the file, for a damaged one.
+
+    again: what makes the folder once more.
+    """
+    path = folder / _CONFIGURATIONS[0]
+    fields = read_json(path, fix=again)
+    if fields.get("model_type") != TqdmConfig.model_type:
+        raise ValueError(
+            f"{path}: the model type is {cut(fields.get('model_type'))}, not {TqdmConfig.model_type}; "
+            "`tqdm-seg convert` makes a model folder of other weights"
+        )
+    try:
+        config = TqdmConfig.from_dict(fields)
+        config.check_loadable()
+    except Exception as error:  # whatever the fields cause
+        raise ValueError(f"{path}: {cut(error, 170)}; {again}") from error
+    return config
+
+
+def read_processor(folder: Path, again: str = _AGAIN) -> TqdmImageProcessor:
+    """The model's image processor; raises as `read_config`."""
+    path = folder / _CONFIGURATIONS[1]
+    fields = read_json(path, fix=again)
+    try:
+        return TqdmImageProcessor.from_dict(fields)
+    except Exception as error:  # whatever the fields cause
+        raise ValueError(f"{path}: {cut(error, 170)}; {again}") from error
+
+
 def check_model_folder(folder: Path) -> dict[str, str]:
     """Types of the weights by name; raises FileNotFoundError or ValueError, naming the file, for a damaged folder."""
-    for name in _CONFIGURATIONS:
-        fields = read_json(folder / name, fix=_AGAIN)
-        if name == "config.json" and fields.get("model_type") != TqdmConfig.model_type:
-            raise ValueError(
-                f"{folder / name}: the model type is {cut(fields.get('model_type'))}, not {TqdmConfig.model_type}; "
-                "`tqdm-seg convert` makes a model folder of other weights"
-            )
-        if name == "config.json":
-            try:
-                TqdmConfig.from_dict(fields).check_loadable()
-            except Exception as error:  # whatever the fields cause
-                raise ValueError(f"{folder / name}: {cut(error, 170)}; {_AGAIN}") from error
+    read_config(folder)
+    read_processor(folder)
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter, not a whole model; merge it into its model and save that")
     return {name: kind for path in weight_files(folder) for name, kind in check_safetensors(path).items()}

@@ -27,7 +27,7 @@ class PredictOptions:
         results/areas.json             pixels and share of every class in every image and frame, and how they were made
 
     Files in folders keep their place under the folder. Files that cannot be read are skipped and named at the end, with
-    exit status 1. No code from MODEL runs.
+    exit status 1. The same command goes on where a stopped one ended. No code from MODEL runs.
     """
 
     model: str = option(help=MODEL)

@@ -8,11 +8,14 @@ if __name__ == "__main__":
     sys.exit(start("predict"))
 
 
+import functools
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +29,12 @@ from tqdm_seg.configuration_tqdm import listed
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import check_out_folder, claim_folder, replace_file, write_file
+from ..data.files import check_out_folder, claim_folder, read_json, replace_file, write_file
 from ..data.images import read_rgb
 from ..data.palette import legend, tint
 from ..program import takes
-from .export import OnnxSegmenter
-from .folder import load_model, model_folder, warn_untrained
+from .export import AGAIN, OnnxSegmenter
+from .folder import load_model, model_folder, read_processor, warn_untrained
 from .options import PredictOptions
 from .self_check import check_model
 from .speed import ready_to_predict, use_huge_pages
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     import av
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+AREAS, SAVE_EVERY = "areas.json", 60  # seconds
+MODEL_SUFFIXES = (".json", ".safetensors", ".onnx", ".data")
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
@@ -78,9 +83,8 @@ def choose_classes(known: dict[int, str], only: Sequence[str] | None) -> dict[in
     unknown = [name for name in only if name not in known.values()]
     if unknown:
         raise ValueError(
-            f"the model has no class {', '.join(map(repr, unknown))}, only {', '.join(known.values())}. A part of what "
-            "it learned belongs to one class each, so other classes need training, or --class-names and a model of "
-            "--class-head cosine"
+            f"--only: the model has no class {', '.join(map(repr, unknown))}, only {', '.join(known.values())}; others "
+            "need training, or --class-names and a model of --class-head cosine"
         )
     return {index: name for index, name in known.items() if name in only}
 
@@ -129,7 +133,10 @@ def set_windows(
 
 @dataclass
 class Predictor:
-    """A model and all that decides its prediction. size: of the box that images are scaled to fit."""
+    """A model and all that decides its prediction.
+
+    size: of the box that images are scaled to fit. files: of the model, by name, as `stamp` has them.
+    """
 
     model: TqdmForSemanticSegmentation | OnnxSegmenter
     processor: TqdmImageProcessor
@@ -138,6 +145,7 @@ class Predictor:
     flip: bool = False
     precision: str = "fp32"
     revision: str | None = None
+    files: dict[str, list[int]] = field(default_factory=dict)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Class ids (H, W) uint8 of an RGB image, at its own size."""
@@ -205,25 +213,28 @@ def read_video(path: Path) -> Iterator[tuple[Image.Image, "av.VideoFrame", Fract
         raise ValueError(f"cannot read {path}: {error}") from error
 
 
-def predict_image(predictor: Predictor, path: Path, out: Path, name: str) -> dict[str, object]:
+def predict_image(predictor: Predictor, path: Path, out: Callable[[], Path], name: str) -> dict[str, object]:
     """Writes overlay and ids; returns the image's entry in areas.json."""
     image = Image.fromarray(read_rgb(path))
     ids = predictor(image)
     seen = {index: name for index, name in predictor.classes.items() if (ids == index).any()}
     files = {f"overlays/{name}.png": predictor.draw(image, ids, seen), f"ids/{name}.png": Image.fromarray(ids)}
     for target, written in files.items():
-        with replace_file(out / target) as temporary:
+        with replace_file(out() / target) as temporary:
             written.save(temporary, "png")
     return {"width": image.width, "height": image.height, "areas": predictor.areas(ids)}
 
 
-def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dict[str, object]:
+def predict_video(predictor: Predictor, path: Path, out: Callable[[], Path], name: str) -> dict[str, object]:
     """Writes the overlay video with the frame times of the original; returns the video's entry in areas.json."""
     import av
 
-    frames, stream = [], None
-    with replace_file(out / f"overlays/{name}.mp4") as temporary, av.open(str(temporary), "w", format="mp4") as video:
-        for image, frame, rate in read_video(path):
+    frames, stream, pictures = [], None, read_video(path)
+    first = next(pictures, None)  # read before anything is written
+    if first is None:
+        raise ValueError(f"{path} holds no frame that can be read; convert it to MP4")
+    with replace_file(out() / f"overlays/{name}.mp4") as temporary, av.open(str(temporary), "w", format="mp4") as video:
+        for image, frame, rate in chain([first], pictures):
             ids = predictor(image)
             drawn = av.VideoFrame.from_image(predictor.draw(image, ids, predictor.classes))
             if stream is None:
@@ -232,17 +243,36 @@ def predict_video(predictor: Predictor, path: Path, out: Path, name: str) -> dic
             drawn.pts, drawn.time_base = frame.pts, frame.time_base
             video.mux(stream.encode(drawn))
             frames.append({"seconds": frame.time, "areas": predictor.areas(ids)})
-        if stream is None:
-            raise ValueError(f"{path} holds no frame that can be read")
         video.mux(stream.encode())
     return {"width": image.width, "height": image.height, "frames": frames}
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and time of change, by which a later run knows a file again."""
+    return [path.stat().st_size, path.stat().st_mtime_ns]
+
+
+def earlier_results(out: Path, report: dict[str, Any], found: dict[str, Path]) -> dict[str, dict[str, Any]]:
+    """What an earlier run of this kind has done: the same model, options and inputs, and its files are there."""
+    try:
+        earlier = read_json(out / AREAS, report)
+        same = all(earlier[key] == json.loads(json.dumps(report[key])) for key in ("protocol", "model_files"))
+        done = {name: earlier["results"][name] for name in found if same and name in earlier["results"]}
+        return {
+            name: entry
+            for name, entry in done.items()
+            if [entry["file"], entry["stamp"]] == [str(found[name]), stamp(found[name])]
+            and any((out / f"overlays/{name}{suffix}").is_file() for suffix in (".png", ".mp4"))
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def open_predictor(options: PredictOptions) -> Predictor:
     """The model folder or export of the options, ready to predict."""
     if options.backend == "onnxruntime":
         model: Any = OnnxSegmenter(options.model, "cpu" if options.device == "auto" else options.device)
-        processor, revision = TqdmImageProcessor.from_pretrained(options.model), None
+        processor, revision, folder = read_processor(Path(options.model), AGAIN), None, Path(options.model)
     else:
         if (Path(options.model) / "export.json").is_file():
             raise ValueError(f"{options.model} was made by `tqdm-seg export`; add --backend onnxruntime")
@@ -261,15 +291,20 @@ def open_predictor(options: PredictOptions) -> Predictor:
         ready_to_predict(model, options.precision, options.compile)
         if options.check:
             check_model(model, folder, options.precision)
+    smallest = 2 * model.config.vision_config.patch_size
+    if options.size and min(options.size) < smallest:
+        raise ValueError(f"--size {options.size[0]}x{options.size[1]}: images need at least {smallest} pixels a side")
+    files = {path.name: stamp(path) for path in sorted(folder.iterdir()) if path.suffix in MODEL_SUFFIXES}
     box = options.size and {"shortest_edge": min(options.size), "longest_edge": max(options.size)}
-    return Predictor(model, processor, classes, box, options.flip, options.precision, revision)
+    return Predictor(model, processor, classes, box, options.flip, options.precision, revision, files)
 
 
 @takes(PredictOptions)
 def predict(options: PredictOptions) -> dict[str, dict[str, Any]]:
-    """Segments everything and writes areas.json last; returns its results, by name.
+    """Segments everything and writes areas.json, every minute and at the end; returns its results, by name.
 
-    Raises ValueError, after all others are done, naming the files that could not be read.
+    Goes on where an earlier run with the same model and options ended. Raises ValueError, after all others are done,
+    naming the files that could not be read; where that are all, nothing is written.
     """
     use_huge_pages()
     check_out_folder(options.out, "predict", [*options.inputs, options.model])
@@ -277,23 +312,41 @@ def predict(options: PredictOptions) -> dict[str, dict[str, Any]]:
     if importlib.util.find_spec("av") is None and any(map(is_video, found.values())):
         raise ImportError('reading videos needs PyAV: pip install "av>=15"')
     predictor = open_predictor(options)
-    warn_untrained(predictor.model.config, options.model)
-    claim_folder(options.out, "predict")
-    results: dict[str, dict[str, Any]] = {}
-    failed: dict[str, str] = {}
-    for name, path in tqdm(found.items(), unit="file"):
-        try:
-            entry = (predict_video if is_video(path) else predict_image)(predictor, path, options.out, name)
-            results[name] = {"file": str(path), **entry}
-        except ValueError as error:
-            failed[str(path)] = str(error) if str(path) in str(error) else f"{path}: {error}"
-    report = {"protocol": predictor.protocol(), "results": results, "failed": failed}
-    write_file(options.out / "areas.json", (json.dumps(report, indent=2) + "\n").encode())
+    report: dict[str, Any] = {"protocol": predictor.protocol(), "model_files": predictor.files}
+    results = earlier_results(options.out, report, found)
+    report |= {"results": results, "failed": (failed := {})}
+
+    @functools.cache
+    def out() -> Path:
+        """OUT, claimed when the first result is there."""
+        warn_untrained(predictor.model.config, options.model)
+        claim_folder(options.out, "predict")
+        return options.out
+
+    def save() -> None:
+        write_file(out() / AREAS, (json.dumps(report, indent=2) + "\n").encode())
+
+    if results:
+        print(f"{len(results)} of {len(found)} inputs are done already; remove {options.out / AREAS} to repeat them")
+    saved = time.monotonic()
+    try:
+        for name, path in tqdm(found.items(), unit="file"):
+            if name in results:
+                continue
+            try:
+                entry = (predict_video if is_video(path) else predict_image)(predictor, path, out, name)
+                results[name] = {"file": str(path), "stamp": stamp(path), **entry}
+            except (ValueError, FileNotFoundError) as error:
+                failed[str(path)] = str(error) if str(path) in str(error) else f"{path}: {error}"
+            if results and time.monotonic() > saved + SAVE_EVERY:
+                save()
+                saved = time.monotonic()
+    finally:
+        if results:
+            save()
     if failed:
-        first = next(iter(failed.values()))
-        raise ValueError(
-            f"{len(failed)} of {len(found)} inputs failed, all named in {options.out / 'areas.json'}; first {first}"
-        )
+        kept = f"the others are done, see {options.out / AREAS}" if results else "nothing was written"
+        raise ValueError(f"{len(failed)} of {len(found)} inputs failed, {kept}; first {next(iter(failed.values()))}")
     return results
 
 

@@ -3,7 +3,6 @@
 Missing or exchanged weights, wrong folding and bad quantisation show within a second.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from tqdm_seg.configuration_tqdm import TqdmConfig
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
+
+from ..data.files import read_json, write_json
 
 FILE = "self_check.json"
 
@@ -66,7 +67,7 @@ def check_model(model: TqdmForSemanticSegmentation, folder: Path, precision: str
 def write_self_check(model: TqdmForSemanticSegmentation, folder: str | Path) -> None:
     """Writes the scores of the model, which the folder holds, into it. Raises ValueError for scores with NaN."""
     scores = {text: [round(value, 6) for value in values] for text, values in check_scores(model).items()}
-    (Path(folder) / FILE).write_text(json.dumps({"scores": scores}, indent=1), encoding="utf-8")
+    write_json(Path(folder) / FILE, {"scores": scores})
 
 
 def verify(model: TqdmForSemanticSegmentation, folder: str | Path, precision: str = "fp32") -> float | None:
@@ -77,11 +78,11 @@ def verify(model: TqdmForSemanticSegmentation, folder: str | Path, precision: st
     path = Path(folder) / FILE
     if not path.is_file():
         return None
+    stored = read_json(path, ["scores"], "save or download the model again")["scores"]
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))["scores"]
         expected = {text: torch.tensor(values, dtype=torch.float32) for text, values in stored.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); save or download the model again") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no scores by text; save or download the model again") from error
     found = {text: torch.tensor(values) for text, values in check_scores(model).items()}
     if found.keys() != expected.keys() or any(found[text].shape != expected[text].shape for text in found):
         raise ValueError(f"{path} is of other classes than the model; save the model again")
