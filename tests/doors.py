@@ -40,6 +40,12 @@ LOSSLESS = {".webp": {"lossless": True}}
 MAP = LabelMap("one", ("road",), "values", ((0, 0),), "one class")
 
 
+def forget_folders() -> None:
+    """Forgets the code of model folders: that of the next folder would be looked for in theirs."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
+
+
 class Kind(NamedTuple):
     """An image as a file's name and bytes, or as an array, and what it shows: (H, W, 3) uint8, None if refused."""
 
@@ -163,10 +169,10 @@ class Doors:
         """As a user of a saved folder makes it."""
         save_model_folder(self.model, self.processor, folder)
         modules = str(folder.with_name("modules"))
+        forget_folders()
         with patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules), patch("sys.path", [*sys.path]):
             made = pipeline("image-segmentation", model=str(folder), trust_remote_code=True)
-        for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-            del sys.modules[name]  # else the next folder's code would be looked for in this one's
+        forget_folders()
         return made
 
     def ids(self, image: object, **options) -> np.ndarray:
