@@ -74,6 +74,17 @@ def test_the_onnx_file_takes_any_number_of_images_of_any_size(made, size):
             torch.testing.assert_close(runtime.score(images), model.score(images), rtol=0, atol=3e-5)
 
 
+@pytest.mark.parametrize("size", [(100, 100), (97, 131), (23, 17)])
+def test_the_onnx_file_itself_is_exact_at_any_size(made, size):
+    """Without the padding of `OnnxSegmenter`: the file rounds sizes up to patches itself."""
+    model, _, export = made
+    session = OnnxSegmenter(export).session
+    images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    (scores,) = session.run(["scores"], {"pixel_values": images.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(scores), model.score(images), rtol=0, atol=5e-6)
+
+
 def test_the_torch_file_takes_any_number_of_windows(made):
     model, _, export = made
     score = torch.export.load(export / "window.pt2").module()

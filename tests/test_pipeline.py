@@ -320,12 +320,12 @@ def test_only_inference_code_ships():
 
 def test_card_is_written_and_a_folder_with_other_files_is_left_alone(folder, model, tmp_path):
     target = tmp_path / "model"
-    save_model_folder(model, TqdmImageProcessor(), target, texts={"README.md": "# first\n"})
-    save_model_folder(model, TqdmImageProcessor(), target, texts={"README.md": "# second\n"})
+    save_model_folder(model, TqdmImageProcessor(), target, files={"README.md": "# first\n"})
+    save_model_folder(model, TqdmImageProcessor(), target, files={"README.md": "# second\n"})
     assert (target / "README.md").read_text() == "# second\n"
     (target / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="notes.txt"):
-        save_model_folder(model, TqdmImageProcessor(), target, texts={"README.md": "# third\n"})
+        save_model_folder(model, TqdmImageProcessor(), target, files={"README.md": "# third\n"})
     assert (target / "README.md").read_text() == "# second\n" and (target / "notes.txt").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 

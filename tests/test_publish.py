@@ -298,7 +298,7 @@ def test_without_a_figure_the_metadata_claims_none(measured):
 def test_every_section_says_what_was_done(measured):
     text = card_of(measured, "--steps", "7", "--crop", "96", "--vision", "lora").text
     assert re.findall(r"^## (.*)", text, re.MULTILINE) == [
-        "Result", "Labels", "Data", "Recipe", "Intended use and limits"
+        "Result", "Labels", "Data", "Recipe", "Intended use and limits", "Citation"
     ]  # fmt: skip
     _, results, training, validation = measured
     assert all(f"| {name} | {100 * iou:.2f} |" in text for name, iou in results["iou"].items())
@@ -311,6 +311,8 @@ def test_every_section_says_what_was_done(measured):
     assert "Both parts hold frames of x2021_0223_1756" in text
     assert "From random weights: 7 steps" in text and "knows no language" in text
     assert "Not for steering a vehicle" in text
+    assert "](modeling_tqdm.py)" in text and "https://github.com/ByeongHyunPak/tqdm" in text
+    assert re.search(r"```bibtex\n@inproceedings\{.*2407\.09033", text, re.DOTALL)
 
 
 def test_names_of_users_break_neither_metadata_nor_markdown(measured):

@@ -452,6 +452,8 @@ def test_report_names_result_protocol_and_data(finished, data):
     assert {"library_name: transformers", "pipeline_tag: image-segmentation", "license: apache-2.0"} <= set(header)
     assert f"| **mean over 2 classes** | **{100 * results['miou']:.2f}** |" in card
     assert "No scene is in both parts" in card and str(data) in card
+    assert "](example.png)" in card and "with torch.no_grad():" in card
+    assert Image.open(out / "model" / "example.png").size[0] > 1000
     overlays = sorted((out / "overlays").glob("*.png"))
     assert len(overlays) == 2 and all(Image.open(path).size[0] > 1000 for path in overlays)
     assert json.loads((out / "args.json").read_text())["crop"] == 32

@@ -184,20 +184,20 @@ def save_model_folder(
     model: TqdmForSemanticSegmentation,
     processor: TqdmImageProcessor,
     folder: str | Path,
-    texts: dict[str, str] | None = None,
+    files: dict[str, str | bytes] | None = None,
     program: str = "train",
 ) -> None:
     """Writes a folder that the Auto classes and `pipeline` load with trust_remote_code=True.
 
-    texts: further files by name, such as the card, README.md. program: that makes it.
+    files: further files by name, such as the card, README.md. program: that makes it.
     Raises FileExistsError, and changes nothing, when `folder` is a file or holds what this program did not make.
     """
     with _quiet_transformers(), replace_folder(Path(folder), program) as temporary:
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         write_self_check(model, temporary)
-        for name, text in (texts or {}).items():
-            (temporary / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            (temporary / name).write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def push_folder(folder: Path, repository: str) -> str:

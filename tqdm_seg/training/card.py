@@ -31,10 +31,12 @@ def model_card(
     training: FrameSets | PlainRows,
     validation: FrameDataset | PlainRows,
     phases: Sequence[Phase] = (),
+    image: str | None = None,
 ) -> str:
     """README.md of a trained model: metadata for the Hub, use, result with its protocol, data, recipe, limits.
 
     results: of `score_frames`, and "step" when the model is the best one of a run that goes on. phases: of the run.
+    image: name of a file next to it, which shows a prediction.
     """
     protocol, best_step = results["protocol"], results.get("step")
     names = model.config.class_names
@@ -44,6 +46,7 @@ def model_card(
         card_metadata(options, results, training, validation),
         template_path=str(TEMPLATE),
         options=options,
+        image=image,
         start=plain(Path(options.model).name),
         title=", ".join(map(plain, names)) if len(names) <= 4 else f"{len(names)} classes",
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,

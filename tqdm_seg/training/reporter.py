@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,9 @@ class Reporter:
         self.log.write(step, miou=results["miou"], miou_classes=results["miou_classes"])
         if self.accelerator.is_main_process:
             if self.accelerator.trackers:
-                self.log.images(step, {name: np.asarray(drawing) for name, drawing in self.drawings(results)})
+                self.log.images(
+                    step, {name: np.asarray(drawing) for name, drawing in self.drawings(results, self.options.overlays)}
+                )
             best, kept = self.options.out / "best", self.kept()
             # A best model of a later step is of the time before an interruption, and this run makes it again.
             if self.options.eval_every_steps and not (kept["step"] <= step and kept["miou"] >= (results["miou"] or 0)):
@@ -75,7 +78,7 @@ class Reporter:
             write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
             self.write_model(out / "model", results)
             with replace_folder(out / "overlays", "train") as folder:
-                for name, drawing in self.drawings(results):
+                for name, drawing in self.drawings(results, self.options.overlays):
                     drawing.save(folder / f"{name}.png")
             print(self.closing_text(results))
             if self.options.push_to_hub:
@@ -110,12 +113,19 @@ class Reporter:
         return without_adapters(self.whole)
 
     def write_model(self, folder: Path, results: dict[str, object]) -> None:
-        """Model folder with its card and results.json."""
-        card = model_card(self.options, self.whole, results, self.training, self.validation, self.phases)
-        files = {"README.md": card, "results.json": json.dumps(results, indent=2) + "\n"}
+        """Model folder with its card, a drawing for the card, and results.json."""
+        files: dict[str, str | bytes] = {"results.json": json.dumps(results, indent=2) + "\n"}
+        for _, drawing in self.drawings(results, min(self.options.overlays, 1)):
+            content = BytesIO()
+            drawing.save(content, "PNG")
+            files["example.png"] = content.getvalue()
+        image = "example.png" if "example.png" in files else None
+        files["README.md"] = model_card(
+            self.options, self.whole, results, self.training, self.validation, self.phases, image
+        )
         save_model_folder(self.saved(), self.processor, folder, files)
 
-    def drawings(self, results: dict[str, object]) -> list[tuple[str, Image.Image]]:
-        """Names and drawings of some frames with ground truth and prediction."""
-        count = results["protocol"]["frames"]
-        return list(draw_frames(self.whole, self.processor, self.validation, self.options.overlays, count))
+    def drawings(self, results: dict[str, object], count: int) -> list[tuple[str, Image.Image]]:
+        """Names and drawings of `count` frames with ground truth and prediction."""
+        frames = results["protocol"]["frames"]
+        return list(draw_frames(self.whole, self.processor, self.validation, count, frames))
