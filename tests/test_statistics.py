@@ -113,7 +113,7 @@ def sets(tmp_path_factory) -> tuple[FrameDataset, FrameDataset]:
 
 def test_baselines_answer_what_the_training_frames_say(sets):
     training, test = sets
-    fitted = Baselines.fit(training)
+    fitted = Baselines.fit([training])
     assert fitted.constant == 0  # both have as many pixels; the first counts
     assert fitted.location.tolist() == [[0] * 6] * 2 + [[1] * 6] * 2
     image = np.array([[(200, 0, 0), (0, 0, 200), (0, 255, 0), (207, 7, 7)]], np.uint8)
@@ -126,7 +126,7 @@ def test_baselines_answer_what_the_training_frames_say(sets):
 
 
 def test_answers_in_another_class_list_go_by_name_and_by_common_word(sets):
-    fitted = Baselines.fit(sets[0])
+    fitted = Baselines.fit(sets[:1])
     assert fitted.translation(["road", "tree", "sky"])[:3].tolist() == [2, 0, 255]
     words = {"road": "road", "asphalt": "road", "gravel": "road"}
     assert fitted.translation(["tree", "asphalt", "gravel"], words)[:3].tolist() == [255, 1, 255]

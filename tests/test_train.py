@@ -23,7 +23,6 @@ from safetensors.torch import load_file
 from shard_helpers import call, photo, prepare, save
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
-from tqdm_seg.ablate import table
 from tqdm_seg.commands import start as start_command
 from tqdm_seg.configuration_tqdm import PRESETS
 from tqdm_seg.data.frames import FrameDataset, frame_loader
@@ -129,7 +128,8 @@ def test_an_ablation_passes_options_on_and_refuses_those_that_it_sets(capsys):
     options = parse(AblateOptions, "", ["--seeds", "3", "4", "--steps", "7"])
     run = TrainOptions(**options.of_run(seed=3, textual_weight=0.0))
     assert options.seeds == (3, 4) and (run.seed, run.steps, run.textual_weight, run.crop) == (3, 7, 0, 128)
-    for option in ("--seed 3", "--dry-run", "--random-queries", "--seeds 1 1"):
+    wrong = ("--seed 3", "--random-queries", "--seeds 1 1", "--variants none", "--test held_back=x")
+    for option in wrong:
         with pytest.raises(SystemExit):
             start_command("ablate", option.split())
         assert option.split()[0] in capsys.readouterr().err
@@ -928,10 +928,3 @@ def test_the_copy_that_is_evaluated_is_freed(data):
         assert sum(type(thing) is type(model) for thing in gc.get_objects()) == before
     finally:
         gc.enable()
-
-
-def test_an_ablation_says_how_many_classes_its_means_are_over():
-    results = [{"miou": 0.5, "miou_classes": count, "iou": {"a": 0.5, "b": None}} for count in (2, 1)]
-    text = table({"full model": {"held_back": results[:1], "unseen": results[1:]}})
-    assert "held back, same drive (2 classes) | unseen domain (1 of 2 classes)" in text
-    assert "| full model | 50.0 | 50.0 |" in text

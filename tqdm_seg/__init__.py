@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .modeling_tqdm import TqdmForSemanticSegmentation as TqdmForSemanticSegmentation
     from .reports.compare import compare as compare
     from .reports.report import report as report
+    from .reports.table import table as table
     from .train import train as train
 
 __version__ = "0.2.0"
@@ -51,7 +52,8 @@ _PLACES = {
     "TqdmForSemanticSegmentation": "modeling_tqdm",
     "ablate": "ablate", "audit": "data.audit", "check": "data.check", "compare": "reports.compare",
     "convert": "deploy.convert", "evaluate": "evaluation.evaluate", "export": "deploy.export",
-    "predict": "deploy.predict", "report": "reports.report", "train": "train",
+    "predict": "deploy.predict", "report": "reports.report",
+    "table": "reports.table", "train": "train",
     **{f"prepare_{name}": f"data.sources.{name}" for name in SOURCES},
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What is each part of tqdm worth? Models trained without it, on the same frames and from the same seeds."""
+"""What is each part of tqdm worth? Models trained without it, from the same seeds, tested where they never were."""
 
 import sys
 
@@ -8,91 +8,285 @@ if __name__ == "__main__":
     sys.exit(start("ablate"))
 
 
+import dataclasses
+import io
 import json
-import statistics
+from collections.abc import Iterator
+from contextlib import redirect_stdout
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from accelerate import Accelerator
+import numpy as np
 
 from tqdm_seg.train import train
 
-from .data.files import claim_folder, example, read_json, write_file
-from .data.frames import FrameDataset, frame_loader
+from .data.audit import make_checks, read_shards, verdict
+from .data.class_vectors import class_words, read_class_vectors
+from .data.files import check_out_folder, claim_folder, cut, example, read_json, write_file, write_json
+from .data.frames import FrameDataset
+from .data.shards import check_same_labels
 from .data.sources.folder import prepare_folder
-from .deploy.folder import load_model
-from .evaluation.evaluate import score_frames
-from .evaluation.figures import mean_over
+from .deploy.folder import load_model, save_model_folder
+from .evaluation.baselines import BASELINES, Baselines, score_baselines
+from .evaluation.counts import read_table, write_table
+from .evaluation.evaluate import evaluate
+from .evaluation.groups import flatten
+from .evaluation.options import SetSource, parse_set
+from .evaluation.protocol import Protocol
+from .evaluation.sets import EvaluationSet, default_split
+from .evaluation.statistics import RESAMPLES
 from .program import takes
+from .reports.runs import ABLATION, FRAME_FOLDER, file_name, read_ablation
+from .reports.table import as_markdown, make_table
 from .training.build import open_data
-from .training.options import AblateOptions, TrainOptions
+from .training.options import HELD_BACK, RANDOM_TEXTS, VARIANTS, AblateOptions, TrainOptions
+from .training.sets import FrameSets
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "full model": {},
-    "without text-to-pixel attention": {"no_text_attention": True},
-    "random queries instead of class texts": {
-        "random_queries": True, "textual_weight": 0.0, "class_vectors": None, "centre_class_vectors": False,
-    },
-    "without the textual regulariser": {"textual_weight": 0.0},
-    "without the visual regulariser": {"visual_weight": 0.0},
-    "without the score-map regulariser": {"score_map_weight": 0.0},
+# Options that may change from one start to the next: they add runs, or decide where these lie.
+_FREE = {
+    "out", "resume", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "keep", "license", "data",
+    "eval_data", "compile", "channels_last", "gradient_checkpointing", "seeds", "variants", "test", "min_scenes",
 }  # fmt: skip
+# Stamped frames this near in time are named by the audit; so are images that differ in this many of 64 bits.
+_MINUTES, _BITS = 10, 4
+
+
+class TestSet(NamedTuple):
+    """A set to test on: its frames, what names it to `evaluate`, and whether it has other classes than the training."""
+
+    frames: FrameDataset
+    argument: str
+    renamed: bool = False
 
 
 @takes(AblateOptions)
-def ablate(options: AblateOptions) -> dict[str, dict[str, list[float]]]:
-    """Trains what is missing and writes the table; returns the mIoU per variant, domain and seed."""
-    open_data(TrainOptions(**options.of_run()))  # raises before anything is written
+def ablate(options: AblateOptions) -> dict[str, Any]:
+    """Trains and tests what is missing, writes and prints the table; returns its figures."""
+    training, held_back = open_data(TrainOptions(**options.of_run()))
+    sets = {HELD_BACK: TestSet(held_back, f"{HELD_BACK}={held_back.folder}:{held_back.split}")}
+    sets |= open_tests(options, training.classes)
+    check_same_labels(training.manifests + [test.frames.index.manifest for test in sets.values() if not test.renamed])
+    if options.dry_run:
+        return print_runs(options, sets)
+    plan = make_plan(options, training, sets)
+    check_plan(options.out, plan)
     claim_folder(options.out, "ablate")
-    unseen = unseen_frames(options.out)
-    scored: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for variant, changes in VARIANTS.items():
-        columns = scored.setdefault(variant, {"held_back": [], "unseen": []})
-        for seed in options.seeds:
-            folder = options.out / f"{variant.replace(' ', '_')}_{seed}"
-            if not (folder / "results.json").is_file():
-                train(**options.of_run(out=folder, seed=seed, overlays=0, tracker="none", resume=True, **changes))
-            columns["held_back"].append(read_json(folder / "results.json", ["miou", "miou_classes", "iou"]))
-            columns["unseen"].append(score_unseen(folder / "model", unseen))
-    figures = {
-        variant: {domain: [found["miou"] for found in results] for domain, results in columns.items()}
-        for variant, columns in scored.items()
-    }
-    write_file(options.out / "ablation.json", (json.dumps(figures, indent=1) + "\n").encode())
-    write_file(options.out / "ablation.md", table(scored).encode())
-    print(table(scored))
-    return figures
+    write_json(options.out / "plan.json", plan)
+    if options.test is None:
+        sets["unseen"] = prepare_unseen(options.out)
+    for name, seed in all_runs(options):
+        folder = options.out / "runs" / f"{name}_{seed}"
+        if not (folder / "results.json").is_file():
+            train(**run_options(options, name, out=folder, seed=seed, resume=True))
+        for of_set, test in sets.items():
+            test_run(options, folder, of_set, test)
+    parts = [part.frames for part in training.sets]
+    add_baselines(options, parts, sets)
+    return write_figures(options, parts, sets)
 
 
-def unseen_frames(out: Path) -> FrameDataset:
-    """The five dashcam frames, prepared."""
+def all_runs(options: AblateOptions) -> Iterator[tuple[str, int]]:
+    """Variant and seed of every run, seed by seed: a stop leaves whole comparisons."""
+    return ((name, seed) for seed in options.seeds for name in options.variants)
+
+
+# -- what is asked for ----------------------------------------------------------------------------------
+
+
+def open_tests(options: AblateOptions, classes: list[str]) -> dict[str, TestSet]:
+    """The sets of --test; raises ValueError or OSError for what is no prepared dataset.
+
+    Other classes than the training's need a model that takes new names: class vectors, and the head that compares.
+    """
+    found = {}
+    for argument in options.test or ():
+        source: SetSource = parse_set(argument)
+        frames = FrameDataset(source.folder, source.split or default_split(source.folder))
+        renamed = frames.classes != classes
+        if renamed and not takes_new_names(options, "full"):
+            raise ValueError(
+                f"--test {source.name} has the classes {cut(', '.join(frames.classes))}, the training "
+                f"{cut(', '.join(classes))}; prepare both alike, or give --class-vectors and --class-head cosine"
+            )
+        found[source.name] = TestSet(frames, argument, renamed)
+    return found
+
+
+def takes_new_names(options: AblateOptions, variant: str) -> bool:
+    """Whether models of a variant take class names that they were not trained for."""
+    fields = options.of_run(**VARIANTS[variant].changes)
+    return fields["class_head"] == "cosine" and fields["class_vectors"] is not None
+
+
+def prepare_unseen(out: Path) -> TestSet:
+    """The five dashcam frames, prepared; shown at the side that the quick start trains at."""
     comma, folder = example("comma10k"), out / "comma10k"
     prepare_folder(root=comma / "images", masks=comma / "masks", out=folder, class_file=comma / "classes.csv")
-    return FrameDataset(str(folder), "test")
+    return TestSet(FrameDataset(str(folder), "test"), f"unseen={folder}:test@224x448")
 
 
-def score_unseen(model_folder: Path, frames: FrameDataset) -> dict[str, Any]:
-    """Scores on the unseen domain; images get the side that the model was trained at, with sliding windows."""
-    model, processor = load_model(model_folder)
-    processor.do_resize, processor.size = True, {"shortest_edge": 224, "longest_edge": 448}
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    loader = frame_loader(frames, 0)
-    return score_frames(model.to(accelerator.device), processor, loader, frames.label_map, accelerator)
+def run_options(options: AblateOptions, variant: str, **changes: Any) -> dict[str, Any]:
+    """The options of one training."""
+    fields = options.of_run(overlays=0, tracker="none", **VARIANTS[variant].changes, **changes)
+    if fields["class_vectors"] == RANDOM_TEXTS:
+        fields["class_vectors"] = str(random_texts(options))
+    return fields
 
 
-def table(scored: dict[str, dict[str, list[dict[str, Any]]]]) -> str:
-    """Markdown: mean over the seeds, and range where there are several; the head says over how many classes."""
-    over = [
-        mean_over([found for columns in scored.values() for found in columns[domain]])
-        for domain in ("held_back", "unseen")
+def random_texts(options: AblateOptions) -> Path:
+    """A table of random class texts of the names, and the width, of the real one; written once."""
+    path, real = options.out / "random_texts.npz", read_class_vectors(options.class_vectors)
+    if not path.is_file():
+        vectors = np.random.default_rng(0).standard_normal(real.vectors.shape).astype(np.float32)
+        content = io.BytesIO()
+        about = {"model": "none", "source": "random numbers", "licence": "CC0-1.0"}
+        np.savez(content, names=np.array(real.about["names"]), vectors=vectors, **about)
+        write_file(path, content.getvalue())
+    return path
+
+
+def make_plan(options: AblateOptions, training: FrameSets, sets: dict[str, TestSet]) -> dict[str, Any]:
+    """All that the runs depend on, ready for JSON."""
+    fields = {name: value for name, value in dataclasses.asdict(options).items() if name not in _FREE}
+    contents = {"training": [manifest["index_sha256"] for manifest in training.manifests]}
+    contents |= {name: test.frames.identity for name, test in sets.items()}
+    return json.loads(json.dumps({"options": fields, "data": contents}, default=str))
+
+
+def check_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Raises ValueError when the folder holds an ablation with other options or data; further sets are welcome."""
+    check_out_folder(out, "ablate")
+    if not (out / "plan.json").is_file():
+        return
+    before, now = (flatten(content) for content in (read_json(out / "plan.json", fix="choose another --out"), plan))
+    changed = [name for name in before if name in now and before[name] != now[name]]
+    if changed:
+        words = "; ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed[:3])
+        raise ValueError(f"{out} holds another ablation ({words}); choose another --out")
+
+
+def print_runs(options: AblateOptions, sets: dict[str, TestSet]) -> dict[str, Any]:
+    """What --dry-run says: the runs, the sets, and the plan of the first training. Writes nothing."""
+    runs = [f"{name}_{seed}" for name, seed in all_runs(options)]
+    print(f"{len(runs)} runs of {options.steps} steps: {', '.join(runs)}")
+    for name, test in sets.items():
+        print(f"test set {name}: {len(test.frames)} frames of {test.frames.folder}, split {test.frames.split}")
+    train(**options.of_run(**VARIANTS[options.variants[0]].changes, seed=options.seeds[0], tracker="none"))
+    return {}
+
+
+# -- testing --------------------------------------------------------------------------------------------
+
+
+def test_run(options: AblateOptions, folder: Path, name: str, test: TestSet) -> None:
+    """Writes the per-frame table of a run on a set, unless there is one; what `evaluate` prints goes into the run.
+
+    A model that does not take the names of the set is not tested on it.
+    """
+    path = options.out / FRAME_FOLDER / name / f"{folder.name}.parquet"
+    if path.is_file() or (test.renamed and not takes_new_names(options, folder.name.rpartition("_")[0])):
+        return
+    out, model = folder / "test" / name, chosen_model(options, folder)
+    if test.renamed:
+        model = renamed_model(model, folder / "test" / f"{name}_model", test.frames.classes)
+    with redirect_stdout(io.StringIO()) as text:
+        evaluate(model=str(model), data=(test.argument,), out=out, workers=options.workers)
+    write_file(out.with_suffix(".md"), text.getvalue().encode())
+    write_table(path, read_table(out / f"{name}.parquet"))
+
+
+def chosen_model(options: AblateOptions, folder: Path) -> Path:
+    """The model of a run that is tested: the best by the held-back part, where it was evaluated, else the last."""
+    return folder / ("best" if options.eval_every_steps else "model")
+
+
+def renamed_model(source: Path, out: Path, classes: list[str]) -> Path:
+    """The folder of a model with another class list."""
+    model, processor = load_model(source)
+    model.set_classes(dict(enumerate(classes)))
+    save_model_folder(model, processor, out, {})
+    return out
+
+
+def add_baselines(options: AblateOptions, training: list[FrameDataset], sets: dict[str, TestSet]) -> None:
+    """Writes the per-frame tables of the baselines, under the protocol of the models, where any is missing."""
+    folder = options.out / FRAME_FOLDER
+    missing = [
+        name for name in sets if not all((folder / name / f"{file_name(b)}.parquet").is_file() for b in BASELINES)
     ]
-    lines = [f"| variant | held back, same drive ({over[0]}) | unseen domain ({over[1]}) |", "|---|---:|---:|"]
-    for variant, columns in scored.items():
-        means = [[100 * found["miou"] for found in results] for results in columns.values()]
-        cells = [f"{statistics.mean(values):.1f}" for values in means]
-        if max(map(len, means)) > 1:
-            ranges = [f" ({min(values):.1f} to {max(values):.1f})" for values in means]
-            cells = [mean + span for mean, span in zip(cells, ranges, strict=True)]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    if not missing:
+        return
+    fitted = Baselines.fit(training, options.workers)
+    for name in missing:
+        model = read_table(next((folder / name).glob("*_[0-9]*.parquet")))
+        chosen = EvaluationSet(name, sets[name].frames, Protocol())
+        for baseline, counts in score_baselines(fitted, chosen, options.workers, class_words()).items():
+            write_table(folder / name / f"{file_name(baseline)}.parquet", replace(model, counts=counts))
+
+
+# -- the table ------------------------------------------------------------------------------------------
+
+
+def write_figures(options: AblateOptions, training: list[FrameDataset], sets: dict[str, TestSet]) -> dict[str, Any]:
+    """ablation.json and ablation.md from the per-frame tables; prints the latter, returns what the former holds."""
+    facts: dict[str, Any] = {
+        "variants": {name: VARIANTS[name].label for name in options.variants},
+        "seeds": list(options.seeds), "sets": list(sets),
+        "steps": {f"{name}_{seed}": run_steps(options, name, seed) for name, seed in all_runs(options)},
+        "audit": audit_pairs(training, sets),
+    }  # fmt: skip
+    facts["notes"] = [training_text(options, training, facts["steps"]), *audit_text(facts["audit"])]
+    write_json(options.out / ABLATION, facts)
+    figures = make_table(read_ablation(options.out), options.min_scenes, RESAMPLES, 0) | {"notes": facts["notes"]}
+    write_json(options.out / ABLATION, facts | {"figures": figures})
+    write_file(options.out / "ablation.md", as_markdown(figures).encode())
+    print(as_markdown(figures))
+    return facts | {"figures": figures}
+
+
+def run_steps(options: AblateOptions, name: str, seed: int) -> int:
+    """After how many steps the tested model of a run was taken."""
+    if not options.eval_every_steps:
+        return options.steps
+    folder = chosen_model(options, options.out / "runs" / f"{name}_{seed}")
+    return int(read_json(folder / "results.json", ["step"])["step"])
+
+
+def training_text(options: AblateOptions, training: list[FrameDataset], steps: dict[str, int]) -> str:
+    """On what and how the models were trained, and what chose their steps."""
+    every = options.eval_every_steps
+    chosen = (
+        f"the held-back part chose among every {every}: {', '.join(f'{run} {n}' for run, n in steps.items())}"
+        if every else "the last model counts, no set chose it"
+    )  # fmt: skip
+    data = ", ".join(
+        f"{frames.index.manifest['dataset']}, split {frames.split} ({len(frames)} frames)" for frames in training
+    )
+    images, seeds = options.batch_size * options.accumulation, ", ".join(map(str, options.seeds))
+    return (
+        f"Trained on {data}, from {options.model}: {options.steps} steps of {images} images, crop {options.crop}, rate "
+        f"{options.lr:g}; seeds {seeds}. Steps: {chosen}."
+    )
+
+
+def audit_pairs(training: list[FrameDataset], sets: dict[str, TestSet]) -> dict[str, str]:
+    """{"training, rugd": what `audit` finds in both}: of every pair of sets."""
+    frames = {f"training {n}" if n else "training": part for n, part in enumerate(training)}
+    frames |= {name: test.frames for name, test in sets.items()}
+    read = {name: read_shards(name, found.folder, found.split) for name, found in frames.items()}
+    found = {}
+    for first, second in combinations(read, 2):
+        results, problems = make_checks(read[first], read[second], _MINUTES, _BITS)
+        unread = f"; {len(problems)} images could not be read" if problems else ""
+        found[f"{first}, {second}"] = verdict(results) + unread
+    return found
+
+
+def audit_text(found: dict[str, str]) -> list[str]:
+    """The verdicts of the audit, one sentence per different one."""
+    by_verdict: dict[str, list[str]] = {}
+    for pair, text in found.items():
+        by_verdict.setdefault(text, []).append(pair.replace(", ", " and "))
+    return [f"Audit of {'; '.join(pairs)}: {text}." for text, pairs in by_verdict.items()]

@@ -26,6 +26,7 @@ COMMANDS = {
     "predict": Command("deploy.options:PredictOptions", "deploy.predict:predict", "segment images and videos"),
     "evaluate": Command("evaluation.options:EvaluateOptions", "evaluation.evaluate:evaluate", "score a model"),
     "compare": Command("reports.options:CompareOptions", "reports.compare:compare", "compare two evaluations"),
+    "table": Command("reports.options:TableOptions", "reports.table:table", "one table over runs, sets and seeds"),
     "report": Command("reports.options:ReportOptions", "reports.report:report", "make an HTML page of an evaluation"),
     "convert": Command(
         "deploy.options:ConvertOptions", "deploy.convert:convert", "published or CLIP weights to a model folder"
@@ -39,7 +40,9 @@ COMMANDS = {
     },
     "check": Command("data.options:CheckOptions", "data.check:check", "verify prepared datasets"),
     "audit": Command("data.options:AuditOptions", "data.audit:audit", "find test scenes that leaked from training"),
-    "ablate": Command("training.options:AblateOptions", "ablate:ablate", "train without each part, tabulate the loss"),
+    "ablate": Command(
+        "training.options:AblateOptions", "ablate:ablate", "train variants and seeds, test them elsewhere, one table"
+    ),
     "env": Command("env:EnvOptions", "env:env", "versions, devices and commit, for a bug report"),
 }
 

@@ -9,6 +9,7 @@ Letters: K classes, H, W grid of the location mask, C levels per colour channel.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import cv2
 import numpy as np
@@ -33,40 +34,42 @@ class Baselines:
     """
 
     classes: list[str]
-    trained_on: dict[str, str]
     constant: int
     location: np.ndarray
     colours: np.ndarray
 
     @classmethod
-    def fit(cls, frames: FrameDataset, workers: int = 0) -> "Baselines":
-        """From all frames of a training set.
+    def fit(cls, sets: Sequence[FrameDataset], workers: int = 0) -> "Baselines":
+        """From all frames of one or several training sets of the same classes.
 
         The grid of the mask is the most frequent frame size, shrunk to 512 pixels a side. Colours are counted in bins
         of 8 levels a channel, and bins lend each other a part of their counts (1, 2, 1 along every channel); a bin that
         stays empty gets the constant answer. Of equally frequent classes the first counts.
         """
-        table, number = frames.index.table, len(frames.classes)
-        sizes = Counter(zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True))
+        number, sizes = len(sets[0].classes), Counter[tuple[int, int]]()
+        for frames in sets:
+            sides = (frames.index.table[side].to_pylist() for side in ("height", "width"))
+            sizes.update(zip(*sides, strict=True))
         (height, width), _ = sizes.most_common(1)[0]
         scale = min(1.0, _LONGEST_SIDE / max(height, width))
         size = round(height * scale), round(width * scale)
         places = np.zeros((number, size[0] * size[1]), np.int64)
         colours = np.zeros((number, LEVELS**3), np.int64)
-        for frame in frame_loader(frames, workers):
+        for frame in chain.from_iterable(frame_loader(frames, workers) for frames in sets):
             small = enlarged(frame.labels, size).ravel()
             (labelled,) = np.nonzero(small != IGNORE_INDEX)
             places[small[labelled], labelled] += 1  # every place once
             pixels = frame.labels != IGNORE_INDEX
             cells = frame.labels[pixels].astype(np.int64) * LEVELS**3 + colour_bins(frame.image)[pixels]
             colours += np.bincount(cells, minlength=colours.size).reshape(colours.shape)
-        constant = int(frames.index.class_pixels.sum(0).argmax())
-        facts = {"dataset": frames.index.manifest["dataset"], "split": frames.split, "index_sha256": frames.identity}
+        constant = int(sum(frames.index.class_pixels.sum(0) for frames in sets).argmax())
+        location = most_frequent(places, constant).reshape(size)
         return cls(
-            frames.classes, facts, constant,
-            most_frequent(places, constant).reshape(size),
+            sets[0].classes,
+            constant,
+            location,
             most_frequent(blurred(colours.reshape(number, *3 * [LEVELS])), constant),
-        )  # fmt: skip
+        )
 
     def answers(self, image: np.ndarray) -> dict[str, np.ndarray]:
         """{baseline: class ids (h, w) uint8} of an image (h, w, 3) uint8."""
@@ -80,13 +83,14 @@ class Baselines:
     def translation(self, classes: Sequence[str], words: dict[str, str] | None = None) -> np.ndarray:
         """Class id (256,) uint8 in another class list for every one of ours; 255, no class, where none is meant.
 
-        words: {class: common word} of both lists; classes of one name, or else of one word, are the same.
+        words: {name: word} of names that stand for the same; classes of one name, or else of one word, are the same.
         """
         words = words or {}
-        by_word = {words[name]: number for number, name in reversed([*enumerate(classes)]) if name in words}
+        by_word = {words.get(name, name): number for number, name in reversed([*enumerate(classes)])}
         found = np.full(IGNORE_INDEX + 1, IGNORE_INDEX, np.uint8)
         for number, name in enumerate(self.classes):
-            found[number] = classes.index(name) if name in classes else by_word.get(words.get(name), IGNORE_INDEX)
+            same = by_word.get(words.get(name, name), IGNORE_INDEX)
+            found[number] = classes.index(name) if name in classes else same
         return found
 
 
@@ -94,10 +98,10 @@ def score_baselines(
     baselines: Baselines, chosen: EvaluationSet, workers: int = 0, words: dict[str, str] | None = None
 ) -> dict[str, np.ndarray]:
     """{baseline: counts (N, K, K + 1) int64} of all frames of a set, against the ground truth of its protocol."""
-    number, same = len(chosen.frames.classes), baselines.translation(chosen.frames.classes, words)
+    number, same = len(chosen.classes), baselines.translation(chosen.classes, words)
     counts: dict[str, list[np.ndarray]] = {name: [] for name in BASELINES}
     for frame in frame_loader(chosen.frames, workers):
-        labels = chosen.protocol.ground_truth(frame.labels)
+        labels = chosen.ground_truth(frame.labels)
         for name, ids in baselines.answers(frame.image).items():
             answer = torch.from_numpy(same[ids])
             counts[name].append(confusion_matrix(answer, labels, number, IGNORE_INDEX).numpy())

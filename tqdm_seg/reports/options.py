@@ -8,6 +8,9 @@ from ..deploy.options import Device
 from ..evaluation.options import GroupOptions, parse_sets
 from ..program import option
 
+# Figures that other works published, with protocol and source.
+PUBLISHED = Path(__file__).parents[1] / "data" / "lists" / "published_results.csv"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(GroupOptions):
@@ -51,6 +54,44 @@ class CompareOptions(GroupOptions):
     def __post_init__(self):
         if min(self.bootstrap, self.seed) < 0:
             raise ValueError("--bootstrap and --seed must be 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """Makes one table over runs, sets and seeds: mIoU with 95 % intervals, differences, baselines, published figures.
+
+        tqdm-seg table runs/e1                                       all variants of an ablation
+        tqdm-seg table ours=runs/a_0,runs/a_1 other=runs/b --latex   evaluations; several folders are seeds of one model
+        tqdm-seg table gta5=runs/gta5 --published --trained-on GTA5  published figures beside them, marked as such
+
+    Intervals come from a bootstrap over scenes and seeds on summed counts; differences are paired by frame and seed.
+    All methods of a set must have been scored on the same frames and ground truth.
+    """
+
+    runs: tuple[str, ...] = option(
+        nargs="+",
+        metavar="[NAME=]RUN[,RUN]",
+        help="folders of finished evaluations or ablations, and a name for the row",
+    )
+    min_scenes: int = option(
+        3, help="classes in fewer scenes are named and left out of the mean, in sets of at least as many scenes"
+    )
+    published: Path | None = option(
+        None, nargs="?", const=PUBLISHED, metavar="CSV",
+        help="add published figures on the same sets: method,backbone,trained_on,tested_on,miou,test_protocol,source "
+        "per line (without CSV: those known here)",
+    )  # fmt: skip
+    trained_on: str | None = option(None, metavar="DATASET", help="only published figures of this training")
+    bootstrap: int = option(10000, help="resamples for the intervals, 0: none")
+    seed: int = option(0, help="of the bootstrap")
+    latex: bool = option(False, group="output", help="print LaTeX (booktabs) instead of Markdown")
+    json: Path | None = option(None, group="output", help="write everything, unrounded")
+
+    def __post_init__(self):
+        if min(self.bootstrap, self.seed, self.min_scenes) < 0:
+            raise ValueError("--bootstrap, --seed and --min-scenes must be 0 or more")
+        if self.trained_on and self.published is None:
+            raise ValueError("--trained-on chooses published figures; give --published as well")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,9 @@ PRESETS = ("clip_vit_b16", "eva02_clip_b16", "eva02_clip_l14", "tiny")
 # Example frames that are trained on without --data.
 EXAMPLE = "orfd_mini"
 
+# What an ablation calls the held-back part among the sets that it tests on.
+HELD_BACK = "held_back"
+
 # Options that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE_OPTIONS = (
     "out", "resume", "phase", "dry_run", "doctor", "workers", "log_every", "save_every_steps", "eval_every_steps",
@@ -290,25 +293,72 @@ class TrainOptions:
         return self.train_sources[0].folder if self.eval_data is None else self.eval_data
 
 
+class Variant(NamedTuple):
+    """A row of an ablation: what it is called, and the options of `train` in which it differs from the full model."""
+
+    label: str
+    changes: dict[str, Any]
+
+
+# Stands for a table of random class texts, with the names of the real one.
+RANDOM_TEXTS = "random"
+VARIANTS = {
+    "full": Variant("full model", {}),
+    "no-text-attention": Variant("without text-to-pixel attention", {"no_text_attention": True}),
+    "random-queries": Variant(
+        "random queries instead of class texts",
+        {"random_queries": True, "textual_weight": 0.0, "class_vectors": None, "centre_class_vectors": False},
+    ),
+    "no-textual": Variant("without the textual regulariser", {"textual_weight": 0.0}),
+    "no-visual": Variant("without the visual regulariser", {"visual_weight": 0.0}),
+    "no-score-map": Variant("without the score-map regulariser", {"score_map_weight": 0.0}),
+    "random-texts": Variant("random vectors as class texts", {"class_vectors": RANDOM_TEXTS}),
+    "raw-texts": Variant("class texts as they are, not centred", {"centre_class_vectors": False}),
+    "linear-head": Variant("linear class head", {"class_head": "linear"}),
+    "cosine-head": Variant("cosine class head", {"class_head": "cosine"}),
+}
+# Without --variants: what the paper's method consists of.
+PARTS = tuple(VARIANTS)[:6]
+
 # Options of `train` that an ablation sets itself.
 _SET_BY_ABLATION = (
-    "seed", "resume", "phase", "dry_run", "doctor", "overlays", "tracker", "push_to_hub", "no_text_attention",
-    "random_queries", "textual_weight", "visual_weight", "score_map_weight",
+    "seed", "resume", "phase", "doctor", "overlays", "tracker", "push_to_hub", "no_text_attention", "random_queries",
+    "textual_weight", "visual_weight", "score_map_weight", "no_index",
 )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class AblateOptions(TrainOptions):
-    """Trains models without one part of tqdm each, on the same frames and from the same seeds: what is a part worth?
+    """Trains models without one part of tqdm each, from the same seeds, and tests them where they never were.
 
-    By default on the example frames, from random weights: 56 frames of one off-road drive to train on, 24 later ones of
-    the same drive held back, and five dashcam frames of another continent as a domain never seen. Writes a table of
-    mIoU, per variant the mean over the seeds and its range, to DIR/ablation.md, and all figures to DIR/ablation.json.
-    Finished runs are kept: after an interruption the same command continues. All options of `train` hold for every run.
+        tqdm-seg ablate                         the example frames; five dashcam frames are the other place
+        tqdm-seg ablate --data data/ycor --test rugd=data/rugd orfd=data/orfd --eval-every-steps 50 --out runs/e1
+
+        DIR/ablation.md, .json      mIoU of every set with intervals, differences to the first variant and to baselines
+        DIR/frames/SET/*.parquet    pixel counts of every frame, from which every figure follows; for table and compare
+        DIR/runs/VARIANT_SEED       the runs; the same command goes on after any interruption
+
+    The held-back part (--eval-data, --eval-split) is tested, too. With --eval-every-steps the best model by that part
+    counts, otherwise the last; no test set chooses anything. Beside the models stand three baselines fitted on the
+    training frames (constant answer, location mask, colour classifier) and what `audit` finds in every pair of sets.
+    All options of `train` hold for every run.
     """
 
-    out: Path = _run(Path("runs/ablation"), help="folder of the runs")
+    out: Path = _run(Path("runs/ablation"), help="folder of runs, tables and figures")
     seeds: tuple[int, ...] = _run((0, 1, 2), nargs="+", help="one run each")
+    variants: tuple[str, ...] = _run(
+        PARTS,
+        type=names,
+        metavar="A,B,...",
+        help=f"what to train, of {', '.join(VARIANTS)}; others are compared with the first (default: the first six)",
+    )
+    test: tuple[str, ...] | None = _data(
+        None, nargs="+", action="extend", metavar="NAME=PATH:SPLIT",
+        help="sets to test on, as --data of evaluate, under names of your choice (default: five dashcam frames)",
+    )  # fmt: skip
+    min_scenes: int = _data(
+        3, help="classes in fewer scenes of a test set are named and left out of its mean (default: %(default)s)"
+    )
 
     def __post_init__(self) -> None:
         """Raises ValueError for what `train` refuses, and for options that the ablation sets itself."""
@@ -318,6 +368,12 @@ class AblateOptions(TrainOptions):
                 raise ValueError(f"{_flag(field.name)} is set by the ablation for every run; leave it out")
         if min(self.seeds) < 0 or len({*self.seeds}) < len(self.seeds):
             raise ValueError(f"--seeds {' '.join(map(str, self.seeds))} must be different numbers, 0 or more")
+        if unknown := [name for name in self.variants if name not in VARIANTS]:
+            raise ValueError(f"--variants: there is no {unknown[0][:60]!r}; choose among {', '.join(VARIANTS)}")
+        if "random-texts" in self.variants and self.class_vectors is None:
+            raise ValueError("--variants random-texts replaces the real ones; give them by --class-vectors")
+        if HELD_BACK in {source.name.lower() for source in parse_sets(self.test or ())}:
+            raise ValueError(f"--test: a set cannot be called {HELD_BACK}, as the held-back part is; rename it")
 
     def of_run(self, **changes: Any) -> dict[str, Any]:
         """The fields of one run's `TrainOptions`."""
