@@ -682,6 +682,7 @@ def load_module(path: Path) -> Any:
 ZERO = {
     "--window",
     "--seed",
+    "--min-scenes",
     "--workers",
     "--bootstrap",
     "--frames",
@@ -762,7 +763,8 @@ def option_cases(root: Path) -> Iterator[Case]:
             elif kinds & {int, float} and bool not in kinds:
                 texts = ["-1", "nan", "inf", "many", "", "1e999"] + ([] if flag in ZERO else ["0"])
                 texts += [] if float in kinds else ["1.5", str(10**40)]
-                values = [-1, math.nan, "many", [1]] + ([] if flag in ZERO else [0])
+                many = typing.get_origin(hints[field.name]) is tuple
+                values = [-1, math.nan, "many"] + ([] if many else [[1]]) + ([] if flag in ZERO else [0])
             elif any(typing.get_origin(kind) is Literal for kind in kinds):
                 texts, values = ["nonsense", ""], ["nonsense", 7]
             elif bool in kinds:
