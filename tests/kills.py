@@ -60,12 +60,12 @@ class Program(NamedTuple):
 def programs(root: Path) -> dict[str, Program]:
     """One small job for every program that writes."""
     model, data, table = root / "model", root / "data", root / "evaluation" / "x.parquet"
-    train = "--steps 6 --batch-size 2 --crop 32 --warmup-steps 2 --min-pixels 50 --tracker none --lr 1e-3 --overlays 2"
+    train = "--steps 4 --batch-size 2 --crop 32 --warmup-steps 2 --min-pixels 50 --tracker none --lr 1e-3 --overlays 2"
     train += " --log-every 1 --save-every-steps 2"
     jobs = {
         "prepare": Program(f"prepare orfd {root}/raw --out out --workers 1 --rows-per-shard 2".split()),
         "train": Program(
-            f"train --model {model} --data {data} --out out {train} --eval-every-steps 3".split(), ("--resume",)
+            f"train --model {model} --data {data} --out out {train} --eval-every-steps 2".split(), ("--resume",)
         ),
         "evaluate": Program(
             f"evaluate {model} --data x={data}:train --out out --workers 0 --save-every-frames 1".split()
@@ -79,7 +79,7 @@ def programs(root: Path) -> dict[str, Program]:
         ),
         "audit": Program(f"audit {data}:train {data}:validation --json a.json --csv a.csv".split()),
         "table": Program(f"table a={root}/evaluation b={root}/evaluation --json a.json".split()),
-        "ablate": Program(f"ablate --model {model} --data {data} --out out --seeds 0 {ablation(train)}".split()),
+        "ablate": Program(f"ablate --model {root}/wide --data {data} --out out --seeds 0 {ablation(train)}".split()),
     }
     missing = {name.split()[0] for name in COMMANDS} - jobs.keys() - {"check", "env"}
     assert not missing, f"no job for {missing}"
@@ -88,7 +88,7 @@ def programs(root: Path) -> dict[str, Program]:
 
 def ablation(train: str) -> str:
     """The options of a training without those that an ablation sets."""
-    own = train.replace("--tracker none ", "").replace("--overlays 2", "").replace("--steps 6", "--steps 2")
+    own = train.replace("--tracker none ", "").replace("--overlays 2", "").replace("--steps 4", "--steps 2")
     return f"{own} --variants full,no-visual"
 
 
@@ -316,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = wait(spawn(lambda: make_inputs(root), root, root / "said.txt"), SECONDS)
         assert made == 0, (root / "said.txt").read_text()
         os.environ["HF_MODULES_CACHE"] = str(root / "modules")
-        inputs = [root / name for name in ("model", "raw", "data", "images", "evaluation")]
+        inputs = [root / name for name in ("model", "wide", "raw", "data", "images", "evaluation")]
         before = [snapshot(folder) for folder in inputs]
         print("program    seconds  kills  disks             lost  compared by name only")
         for name, program in programs(root).items():
