@@ -139,7 +139,7 @@ def test_differences_are_of_unrounded_values_and_the_mark_rule_is_stated(capsys)
 def test_overall_is_pooled_and_the_scene_mean_is_called_that(capsys):
     markdown = run(capsys, FILE1, FILE2, "--anyway")
     assert rows(markdown)[-1][:5] == ["Overall", "11098", "0.8557", "0.8974", "+4.17%"]
-    assert "Mean of the scenes, all with the same weight: 0.8621 and 0.9046 (+4.25%)." in markdown
+    assert "Mean of the scenes, all with the same weight, over 2 classes each: 0.8621 and 0.9046 (+4.25%)." in markdown
 
 
 def test_the_published_key_findings_come_out(capsys):
@@ -147,9 +147,10 @@ def test_the_published_key_findings_come_out(capsys):
     for finding in (
         "Overall mIoU: 85.57 % → 89.74 % (+4.17%), over 2 classes.",
         "road3d_counts_file2 is better in 20 and worse in 6 of 26 scenes.",
-        "Largest gains: 0609-1923 (+29.23%), 0609-1924 (+22.93%).",
-        "Largest loss: 2021-0223-1700 (-3.88%).",
-        "Worst scenes of road3d_counts_file1: 0609-1923 (0.6675), 0609-1924 (0.6752), 2021-0223-1454 (0.7492).",
+        "Largest gains, over 2 classes: 0609-1923 (+29.23%), 0609-1924 (+22.93%).",
+        "Largest loss, over 2 classes: 2021-0223-1700 (-3.88%).",
+        "Worst scenes of road3d_counts_file1, over 2 classes: "
+        "0609-1923 (0.6675), 0609-1924 (0.6752), 2021-0223-1454 (0.7492).",
     ):
         assert f"- {finding}\n" in findings
 
@@ -532,6 +533,7 @@ def test_every_row_says_how_many_classes_its_means_are_over(capsys, pair):
     first.counts[:, :, 3] = 0
     printed = run(capsys, *pair(first, second), "--anyway")
     assert "over 3 / 4 of 4 classes" in printed and "| 3 / 4 of 4 |" in printed
+    assert "Worst scenes of a, over 3 of 4 classes: " in printed and "weight, over 3–4 of 4 classes each: " in printed
     printed = run(capsys, *pair(first, second), "--anyway", "--class-set", "common")
     assert "over 3 of 4 classes" in printed and "Means are over the classes" in printed
 

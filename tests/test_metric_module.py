@@ -237,6 +237,12 @@ def test_the_usual_signature_of_evaluate_works(load):
         load().compute(predictions=predictions, references=references)
 
 
+def test_every_mean_says_how_many_classes_it_is_over_and_absent_ones_are_named(load):
+    found = load(num_labels=4).compute(predictions=[[[0, 1], [2, 2]]], references=[[[0, 1], [1, 255]]])
+    assert found["mean_iou_classes"] == 3 and found["mean_accuracy_classes"] == 2  # 2 is only predicted
+    assert found["classes_without_reference"] == [2, 3]
+
+
 def test_a_class_set_is_the_mean_over_its_classes(load):
     predictions, references = random_maps(0, 20)
     found = [load(num_classes=19, class_set=chosen) for chosen in (None, "synthia-16", [0, 2])]

@@ -272,7 +272,11 @@ def test_metadata_holds_task_licence_and_the_figure(measured):
     assert (data.datasets, data.base_model) == (None, None)  # neither is on the Hub
     assert data.model_name == "my_run"
     (figure,) = data.eval_results
-    assert (figure.task_type, figure.metric_type, figure.metric_name) == ("image-segmentation", "mean_iou", "mIoU")
+    assert (figure.task_type, figure.metric_type, figure.metric_name) == (
+        "image-segmentation",
+        "mean_iou",
+        "mIoU over 2 classes",
+    )
     assert (figure.dataset_name, figure.dataset_type, figure.dataset_split) == ("ORFD", "orfd", "validation")
     assert figure.metric_value == round(measured[1]["miou"], 4) and figure.verified is None
 

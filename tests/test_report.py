@@ -24,7 +24,7 @@ from tqdm_seg.evaluation.figures import percent, set_results
 from tqdm_seg.evaluation.protocol import Protocol
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.reports.images import draw_errors, draw_score_maps, text_scores
-from tqdm_seg.reports.page import histogram
+from tqdm_seg.reports.page import FrameScore, histogram
 from tqdm_seg.reports.report import pick_worst_and_best, rank_frames
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -109,7 +109,7 @@ def test_the_page_is_accessible(page):
     assert all(head["scope"] in ("row", "col") for head in outline.all("th"))
     assert len(outline.all("caption")) == len(outline.all("table")) >= 12
     for drawing in outline.all("svg"):
-        assert drawing["role"] == "img" and drawing["aria-label"].startswith("mIoU of single frames: from ")
+        assert drawing["role"] == "img" and drawing["aria-label"].startswith("mIoU of single frames, over ")
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
     assert ids == ["roads", "small"] and {f"#{name}" for name in ids} == {a["href"] for a in outline.all("a")}
     style = "".join(data for tag, data in outline.texts if tag == "style")
@@ -239,7 +239,8 @@ def test_no_frame_is_among_the_worst_and_the_best():
 
 
 def test_the_histogram_counts_every_frame():
-    chart = histogram([0.0, 0.04, 0.05, 0.5, 1.0])
+    chart = histogram([FrameScore(0, "", "", miou, 1, [miou, 0.0]) for miou in (0.0, 0.04, 0.05, 0.5, 1.0)])
+    assert "over 1 of 2 classes" in chart["words"]
     assert chart["counts"][:2] == [2, 1] and chart["counts"][-1] == 1 and sum(chart["counts"]) == 5
     assert len(chart["counts"]) == 20 and chart["tallest"] == 2
 

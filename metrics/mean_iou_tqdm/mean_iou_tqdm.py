@@ -24,9 +24,10 @@ predictions, references: batches or lists of (H, W) maps of class ids 0 ... K-1 
 num_labels, ignore_index, reduce_labels: as evaluate's own mean_iou takes them in `compute`, or in `load`. With
     reduce_labels 0 of the references becomes the ignored id, 1 becomes 0, and so on.
 
-Returns mean_iou, mean_iou_classes (how many classes it is over), mean_accuracy, overall_accuracy, per_category_iou and
-per_category_accuracy (lists of K, NaN for absent classes), images, labelled_pixels, and label_policy: how the ignored
-id and absent classes count.
+Returns mean_iou, mean_accuracy, mean_iou_classes and mean_accuracy_classes (how many classes these are over: those with
+a value), classes_without_reference (ids of classes without a pixel in the references), overall_accuracy,
+per_category_iou and per_category_accuracy (lists of K, NaN for absent classes), images, labelled_pixels, and
+label_policy: how the ignored id and absent classes count.
 Raises ValueError for a value that is neither a class nor the ignored id, for maps of different sizes, and for what is
 no map of ids: fractions, probabilities, three channels.
 """
@@ -143,9 +144,11 @@ class MeanIouTqdm(evaluate.Metric):
             "mean_iou": mean_iou(matrix, chosen),
             "mean_iou_classes": int((~class_iou(matrix)[chosen].isnan()).sum()),
             "mean_accuracy": accuracy.nanmean().item(),
+            "mean_accuracy_classes": int((~accuracy.isnan()).sum()),
             "overall_accuracy": pixel_accuracy(matrix),
             "per_category_iou": class_iou(matrix).tolist(),
             "per_category_accuracy": accuracy.tolist(),
+            "classes_without_reference": accuracy.isnan().nonzero()[:, 0].tolist(),
             "images": sum(images for ((images,),) in references),
             "labelled_pixels": int(matrix.sum()),
             "label_policy": self.label_policy,

@@ -16,7 +16,7 @@ ARROWS = {"up": "↑", "down": "↓", "": ""}
 MARKS = (
     "↑ and ↓: above or below the mean of the scenes' differences ({mean}) by more than a standard deviation ({spread})."
 )
-SCENE_MEAN = "Mean of the scenes, all with the same weight: {a} and {b} ({diff})."
+SCENE_MEAN = "Mean of the scenes, all with the same weight, over {over} classes each: {a} and {b} ({diff})."
 INTERVAL = (
     "95 % interval of the Overall difference: {low} to {high} (paired bootstrap over {scenes} scenes, {resamples} "
     "resamples, seed {seed})."
@@ -53,7 +53,7 @@ CHINESE = {
     "scenes": "场景",
     "Differences are percentage points of unrounded values.": "差异为百分点，由未舍入的数值计算。",
     "Overall is computed on the counts of all frames together.": "总体由全部帧的计数合并后计算。",
-    SCENE_MEAN: "各场景的平均（权重相同）：{a} 与 {b}（{diff}）。",
+    SCENE_MEAN: "各场景的平均（权重相同，各为 {over} 个类别）：{a} 与 {b}（{diff}）。",
     MARKS: "↑ 与 ↓：高于或低于各场景差异的均值（{mean}）超过一个标准差（{spread}）。",
     "Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.": (
         "总体所覆盖的帧不同：{a} 为 {frames_a} 帧，{b} 为 {frames_b} 帧。"
@@ -64,9 +64,9 @@ CHINESE = {
     "{b} is better in {better} and worse in {worse} of {total} scenes.": (
         "共 {total} 个场景，{b} 在 {better} 个中更好，在 {worse} 个中更差。"
     ),
-    "Largest gains: {scenes}.": "最大提升：{scenes}。",
-    "Largest loss: {scenes}.": "最大下降：{scenes}。",
-    "Worst scenes of {run}: {scenes}.": "{run} 最差的场景：{scenes}。",
+    "Largest gains, over {over} classes: {scenes}.": "最大提升（{over} 个类别）：{scenes}。",
+    "Largest loss, over {over} classes: {scenes}.": "最大下降（{over} 个类别）：{scenes}。",
+    "Worst scenes of {run}, over {over} classes: {scenes}.": "{run} 最差的场景（{over} 个类别）：{scenes}。",
     INTERVAL: "总体差异的 95 % 区间：{low} 至 {high}（{scenes} 个场景配对自助法，{resamples} 次重采样，种子 {seed}）。",
     "Scenes left out because they are not in {file}: {count}.": "不在 {file} 内而略去的场景：{count} 个。",
     "Leaked scenes: {scenes}.": "泄漏场景：{scenes}。",
@@ -142,6 +142,13 @@ def classes_text(row: PairedCounts) -> str:
     return counts if counts == str(total) else f"{counts} of {total}"
 
 
+def classes_span(rows: Sequence[PairedCounts], sides: Sequence[int] = (0, 1)) -> str:
+    """'2', '1–2 of 2': numbers of classes that the means of several rows are over, in both runs or one."""
+    counts = sorted({row.classes[side] for row in rows for side in sides} or {0})
+    span = "–".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return span if not rows or span == str(rows[0].counts.shape[1]) else f"{span} of {rows[0].counts.shape[1]}"
+
+
 def class_table(found: Comparison, language: str) -> list[str]:
     """Lines of the table of class IoU."""
     titles = [word("Class", language), *(f"{run} IoU" for run in found.runs), word("Difference", language)]
@@ -165,7 +172,7 @@ def explanations(found: Comparison) -> list[Message]:
         values = {"a": a, "b": b, "frames_a": found.overall.frames[0], "frames_b": found.overall.frames[1]}
         messages.append(Message("Overall covers different frames: {frames_a} of {a}, {frames_b} of {b}.", values))
     values = {"a": score(before), "b": score(after), "diff": points((after - before) * 100)}
-    messages.append(Message(SCENE_MEAN, values))
+    messages.append(Message(SCENE_MEAN, values | {"over": classes_span(found.ranked)}))
     values = {"mean": points(mean), "spread": points(deviation).lstrip("+")}
     return [*messages, Message(MARKS, values), *found.notes]
 
@@ -180,16 +187,19 @@ def key_findings(found: Comparison) -> list[Message]:
     worse = [row for row in found.ranked if row.difference < 0]
     values = {"b": found.runs[1], "better": len(better), "worse": len(worse), "total": len(found.ranked)}
     messages.append(Message("{b} is better in {better} and worse in {worse} of {total} scenes.", values))
-    for text, rows in (("Largest gains: {scenes}.", better[:GAINS]), ("Largest loss: {scenes}.", worse[:1])):
+    gains, loss = "Largest gains, over {over} classes: {scenes}.", "Largest loss, over {over} classes: {scenes}."
+    for text, rows in ((gains, better[:GAINS]), (loss, worse[:1])):
         if rows:
             named = ", ".join(f"{row.name} ({points(row.difference)})" for row in rows)
-            messages.append(Message(text, {"scenes": named}))
+            values = {"scenes": named, "over": classes_span(rows)}
+            messages.append(Message(text, values))
     for side, run in enumerate(found.runs):
         worst = sorted(
             (row for row in found.scenes if row.miou[side] == row.miou[side]), key=lambda row: row.miou[side]
-        )
-        named = ", ".join(f"{row.name} ({score(row.miou[side])})" for row in worst[:WORST])
-        messages.append(Message("Worst scenes of {run}: {scenes}.", {"run": run, "scenes": named}))
+        )[:WORST]
+        named = ", ".join(f"{row.name} ({score(row.miou[side])})" for row in worst)
+        values = {"run": run, "scenes": named, "over": classes_span(worst, [side])}
+        messages.append(Message("Worst scenes of {run}, over {over} classes: {scenes}.", values))
     if found.interval is not None:
         values = found.interval._asdict() | {"low": points(found.interval.low), "high": points(found.interval.high)}
         messages.append(Message(INTERVAL, values))

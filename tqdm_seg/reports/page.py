@@ -58,11 +58,16 @@ class SetReport:
     comparison: Comparison | None = None
 
 
-def histogram(values: Sequence[float]) -> dict[str, Any]:
-    """How many of the shares lie in each of 20 bins, and the main points in words."""
+def histogram(frames: Sequence[FrameScore]) -> dict[str, Any]:
+    """How many of the frames' mIoU lie in each of 20 bins, and the main points in words."""
+    values, over = [frame.miou for frame in frames], sorted({frame.classes for frame in frames})
+    classes = f"{over[0]} to {over[-1]}" if len(over) > 1 else over[0]
     counts = np.histogram(values, 20, (0, 1))[0].tolist()
     low, middle, high = (100 * value for value in np.quantile(values, [0, 0.5, 1]))
-    words = f"mIoU of single frames: from {low:.1f} to {high:.1f} %, half of them below {middle:.1f} %."
+    words = (
+        f"mIoU of single frames, over {classes} of {len(frames[0].iou)} classes each: from {low:.1f} to {high:.1f} %, "
+        f"half of them below {middle:.1f} %."
+    )
     return {"counts": counts, "tallest": max(counts), "words": words}
 
 

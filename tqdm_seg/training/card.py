@@ -120,7 +120,7 @@ def card_metadata(
         dataset_name=name,
         dataset_split=validation.split,
         metric_type="mean_iou",
-        metric_name="mIoU",
+        metric_name=f"mIoU over {mean_over([results])}",
         metric_value=None if results["miou"] is None else round(results["miou"], 4),
     )
     measured = figure.metric_value is not None
