@@ -479,28 +479,40 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
                 config.ignore_index,
             )  # fmt: skip
 
-        # The mask decoder's: (L) of every kind.
         point_logits, targets = self._sample_masks(
             outputs.mask_logits, labels, mask_index, covered, sample_seeds, points
         )  # (L, M, P) each
         num_masks = counts.masks.clamp(min=1)
-        by_class = class_loss(outputs.class_logits, mask_index, config.no_object_weight, counts.class_weight)
-        terms = name_layers(
+        by_class = class_loss(outputs.class_logits, mask_index, config.no_object_weight, counts.class_weight)  # (L)
+        decoder = name_layers(
             loss_class=config.class_loss_weight * by_class,
             loss_mask=config.mask_loss_weight * mask_loss(point_logits, targets, num_masks),
             loss_dice=config.dice_loss_weight * dice_loss(point_logits, targets, num_masks),
         )
+        num_pixels = counts.labelled.clamp(min=1)
+        return decoder | self._regularisers(
+            outputs, labels, covered, num_pixels, reference_image_embedding, reference_text_embedding
+        )
 
-        # The three regularisers: equations 5 to 7.
+    def _regularisers(
+        self,
+        outputs: TqdmModelOutput,
+        labels: Tensor,
+        covered: tuple[int, int],
+        num_pixels: Tensor,
+        reference_image_embedding: Tensor | None,
+        reference_text_embedding: Tensor,
+    ) -> dict[str, Tensor]:
+        """The weighted regularisers by name, equations 5 to 7 of the paper; the visual one with a teacher only."""
+        config, terms = self.config, {}
         textual = textual_loss(outputs.text_embeddings, reference_text_embedding)
         terms["loss_textual"] = config.textual_loss_weight * textual
         if reference_image_embedding is not None:
             visual = visual_loss(outputs.image_embedding, reference_image_embedding)
             terms["loss_visual"] = config.visual_loss_weight * visual
         terms["loss_score_map"] = config.score_map_loss_weight * score_map_loss(
-            outputs.score_map, labels, covered, config.score_map_temperature, config.ignore_index,
-            counts.labelled.clamp(min=1),
-        )  # fmt: skip
+            outputs.score_map, labels, covered, config.score_map_temperature, config.ignore_index, num_pixels
+        )
         return terms
 
     def _sample_masks(

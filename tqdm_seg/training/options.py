@@ -124,7 +124,7 @@ class TrainOptions:
     save_every_steps: int = _run(50, help="steps between checkpoints, 0: none (published: 2000; default: %(default)s)")
     keep: int = _run(2, help="newest checkpoints to keep")
     eval_every_steps: int = _run(0, help="steps between evaluations, which keep the best model; 0: only in the end")
-    overlays: int = _run(6, help="held-back frames to draw at every evaluation")
+    overlays: int = _run(6, help="held-back frames to draw at every evaluation; the model card shows one")
     tracker: str = _run("tensorboard", help="tensorboard, wandb, trackio, ..., or none")
     license: str = _run("apache-2.0", help="licence named on the model card")
     push_to_hub: str | None = _run(None, metavar="NAME/REPO", help="push the model folder there in the end")
