@@ -1,12 +1,13 @@
 """Intervals over scenes and seeds against a slow obvious version; baselines against answers by hand."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from shard_helpers import prepare, save
+from shard_helpers import call, prepare, save
 
 from tqdm_seg.data.frames import FrameDataset
 from tqdm_seg.evaluation.baselines import BASELINES, COLOUR, CONSTANT, LOCATION, Baselines, score_baselines
@@ -23,6 +24,7 @@ from tqdm_seg.evaluation.statistics import (
     miou_estimate,
     rare_classes,
 )
+from tqdm_seg.reports.runs import read_methods
 
 
 def random_table(seed: int, scenes: list[str], classes: int = 3) -> FrameTable:
@@ -130,3 +132,23 @@ def test_answers_in_another_class_list_go_by_name_and_by_common_word(sets):
     assert fitted.translation(["road", "tree", "sky"])[:3].tolist() == [2, 0, 255]
     words = {"road": "road", "asphalt": "road", "gravel": "road"}
     assert fitted.translation(["tree", "asphalt", "gravel"], words)[:3].tolist() == [255, 1, 255]
+
+
+def test_evaluate_writes_the_baselines_beside_the_model(sets, tmp_path, capsys):
+    folder, saved = sets[1].folder, tmp_path / "saved"
+    save(saved / "a.png", np.zeros((8, 9)))
+    line = ["evaluate", "--predictions", saved, "--data", f"x={folder}:test", "--workers", 0, "--baselines"]
+    call(*line, folder, "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    results = json.loads((tmp_path / "out/results.json").read_text())["sets"]["x"]
+    figures = results["baselines"]["figures"]
+    assert tuple(figures) == BASELINES and results["baselines"]["trained_on"]["split"] == "train"
+    assert figures[COLOUR]["miou"] == 1 and figures[CONSTANT]["miou"] == results["miou"]
+    assert f"| {COLOUR} | 100.00 |" in said
+    methods = read_methods([str(tmp_path / "out")])
+    assert [(method.name, method.kind) for method in methods] == [
+        ("out", "model"), *((name, "baseline") for name in BASELINES),
+    ]  # fmt: skip
+    with pytest.raises(FileNotFoundError, match="nosuch"):
+        call(*line, "nosuch", "--out", tmp_path / "b")
+    assert not (tmp_path / "b").exists()

@@ -29,7 +29,7 @@ from .data.frames import FrameDataset
 from .data.shards import check_same_labels
 from .data.sources.folder import prepare_folder
 from .deploy.folder import load_model, save_model_folder
-from .evaluation.baselines import BASELINES, Baselines, score_baselines
+from .evaluation.baselines import BASELINES, Baselines, file_name, score_baselines
 from .evaluation.counts import read_table, write_table
 from .evaluation.evaluate import evaluate
 from .evaluation.groups import flatten
@@ -38,7 +38,7 @@ from .evaluation.protocol import Protocol
 from .evaluation.sets import EvaluationSet, default_split
 from .evaluation.statistics import RESAMPLES
 from .program import takes
-from .reports.runs import ABLATION, FRAME_FOLDER, file_name, read_ablation
+from .reports.runs import ABLATION, FRAME_FOLDER, read_ablation
 from .reports.table import as_markdown, make_table
 from .training.build import open_data
 from .training.options import HELD_BACK, RANDOM_TEXTS, VARIANTS, AblateOptions, TrainOptions

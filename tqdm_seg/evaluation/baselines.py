@@ -21,6 +21,8 @@ from .metrics import confusion_matrix
 from .sets import EvaluationSet
 
 CONSTANT, LOCATION, COLOUR = BASELINES = ("constant answer", "location mask", "colour classifier")
+# Folder of an evaluation that holds their per-frame tables, by set.
+BASELINE_FOLDER = "baselines"
 LEVELS = 32  # of every colour channel
 _LONGEST_SIDE = 512  # of the location mask, in pixels
 
@@ -106,6 +108,11 @@ def score_baselines(
             answer = torch.from_numpy(same[ids])
             counts[name].append(confusion_matrix(answer, labels, number, IGNORE_INDEX).numpy())
     return {name: np.stack(of_frames) for name, of_frames in counts.items()}
+
+
+def file_name(name: str) -> str:
+    """'location mask' -> 'location_mask'."""
+    return name.replace(" ", "_")
 
 
 def enlarged(ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:

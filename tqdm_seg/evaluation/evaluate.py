@@ -32,18 +32,19 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.files import check_out_folder, claim_folder, read_json, write_file
-from ..data.frames import Frame
+from ..data.frames import Frame, FrameDataset
 from ..data.label_maps import IGNORE_INDEX
 from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_copy, ready_to_predict, restore_arithmetic, use_huge_pages
 from ..program import takes
+from .baselines import BASELINE_FOLDER, Baselines, file_name, score_baselines
 from .class_sets import class_set, renumbering
 from .counts import FrameTable, Scored, join_scored, read_scored, read_table, save_batch, write_table
-from .figures import closing_lines, group_csv, mean_results, set_lines, set_results
+from .figures import baseline_lines, closing_lines, group_csv, mean_results, set_lines, set_results
 from .groups import flatten, read_attributes
 from .metrics import confusion_matrix, scores
-from .options import EvaluateOptions
+from .options import EvaluateOptions, parse_set
 from .protocol import PUBLISHED_SCALES, Protocol, check_view_sizes, frame_sizes, predict
 from .saved import SavedPredictions
 from .sets import EvaluationSet, Sample, Samples, default_names, frame_attributes, left_out, open_sets, rows_to_score
@@ -333,6 +334,28 @@ def write_set(
     return results
 
 
+def open_training(text: str) -> FrameDataset:
+    """The training frames of --baselines PATH[:SPLIT]; raises ValueError or OSError for what is no prepared dataset."""
+    source = parse_set(f"training={text}")
+    return FrameDataset(source.folder, source.split or "train")
+
+
+def add_baselines(
+    evaluation: Evaluation, training: FrameDataset, results: dict[str, dict[str, Any]], options: EvaluateOptions
+) -> None:
+    """Adds the figures of the baselines to those of every set, writes their per-frame tables, prints both."""
+    fitted = Baselines.fit([training], options.workers)
+    data = {"dataset": training.index.manifest["dataset"], "split": training.split, "index_sha256": training.identity}
+    for chosen in evaluation.sets:
+        table, own = read_table(options.out / f"{chosen.name}.parquet"), results[chosen.name]
+        own["baselines"] = {"trained_on": data, "figures": {}}
+        for name, counts in score_baselines(fitted, chosen, options.workers).items():
+            path = options.out / BASELINE_FOLDER / chosen.name / f"{file_name(name)}.parquet"
+            write_table(path, replace(table, counts=counts))
+            own["baselines"]["figures"][name] = scores(torch.from_numpy(counts.sum(0)), table.classes, table.class_set)
+        print(*baseline_lines(chosen.name, own), "", sep="\n", flush=True)
+
+
 def write_results(results: dict[str, Any], out: Path) -> dict[str, Any]:
     """Adds the mean over several sets, writes results.json and prints the end; returns what the file holds."""
     if len(results["sets"]) > 1:
@@ -353,6 +376,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     try:
         evaluation = open_evaluation(options)
         check_plan(out, evaluation.plan)
+        training = open_training(options.baselines) if options.baselines else None
         scored = score_saved(evaluation, options, accelerator) if options.predictions and main_process else {}
     except (OSError, ValueError):
         if main_process:
@@ -382,6 +406,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             table = frame_table(evaluation, chosen, found, options)
             results["sets"][name] = write_set(evaluation, chosen, table, options)
     if main_process:
+        if training is not None:
+            add_baselines(evaluation, training, results["sets"], options)
         results = write_results(results, out)
         shutil.rmtree(parts, ignore_errors=True)
     accelerator.end_training()

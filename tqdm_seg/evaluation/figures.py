@@ -107,6 +107,17 @@ def set_lines(name: str, results: dict[str, Any]) -> list[str]:
     return [*lines, "", f"Protocol: {protocol_text(results['protocol'])}."]
 
 
+def baseline_lines(name: str, results: dict[str, Any]) -> list[str]:
+    """A set's figures over those of the baselines, which say what they are worth."""
+    data = results["baselines"]["trained_on"]
+    rows = {"scored": results, **results["baselines"]["figures"]}
+    lines = [f"## {name}: baselines of {data['dataset']}, split {data['split']}", ""]
+    lines += [table_line(["", *_set_titles()]), table_line(["---", *["---:"] * len(FIGURES), "---"])]
+    for title, figures in rows.items():
+        lines.append(table_line([title, *(percent(figures[key]) for key in FIGURES), mean_over([figures])]))
+    return lines
+
+
 def miou_text(results: dict[str, Any]) -> str:
     """'mIoU 71.20 % (mean over 19 classes)'."""
     return f"mIoU {percent(results['miou'])} % (mean over {mean_over([results])})"

@@ -90,6 +90,7 @@ class EvaluateOptions(GroupOptions):
         DIR/results.json      figures of all sets and groups, confusion matrices, protocols, the model's checksums
         DIR/NAME.parquet      pixel counts of every frame, from which all figures follow; for `tqdm-seg compare`
         DIR/NAME_groups.csv   figures by scene and attribute
+        DIR/baselines/NAME    the same tables of every baseline, with --baselines
         DIR/plan.json         what was asked for
 
     Stopped at any moment, the same command continues with the remaining frames, with any number of processes. No code
@@ -112,6 +113,11 @@ class EvaluateOptions(GroupOptions):
         False, group="data",
         help="read --data with datasets.load_dataset, without an index: any dataset of images and 8-bit masks of class "
         "ids; without SPLIT validation",
+    )  # fmt: skip
+    baselines: str | None = option(
+        None, metavar="PATH:SPLIT", group="data",
+        help="score what the frames of this prepared training set say without a model, too: constant answer, location "
+        "mask, colour classifier; without SPLIT train",
     )  # fmt: skip
     image_column: str = option("image", group="data", help="with --no-index: name of the column of images")
     label_column: str = option("label", group="data", help="with --no-index: name of the column of masks")

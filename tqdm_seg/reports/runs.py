@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from ..data.files import read_json
-from ..evaluation.baselines import BASELINES
+from ..evaluation.baselines import BASELINE_FOLDER, BASELINES, file_name
 from ..evaluation.counts import FrameTable, read_table
 
-# Folders of an evaluation that hold tables of baselines, and of an ablation that hold all tables, by set.
-BASELINE_FOLDER, FRAME_FOLDER = "baselines", "frames"
-ABLATION = "ablation.json"
+# Folder of an ablation that holds all per-frame tables, by set, and the file of its figures.
+FRAME_FOLDER, ABLATION = "frames", "ablation.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +20,6 @@ class Method:
     name: str
     kind: Literal["model", "baseline"]
     tables: dict[str, list[FrameTable]]
-
-
-def file_name(name: str) -> str:
-    """'location mask' -> 'location_mask'."""
-    return name.replace(" ", "_")
 
 
 def run_tables(folder: Path) -> dict[str, Path]:
