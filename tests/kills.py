@@ -79,7 +79,9 @@ def programs(root: Path) -> dict[str, Program]:
         ),
         "audit": Program(f"audit {data}:train {data}:validation --json a.json --csv a.csv".split()),
         "table": Program(f"table a={root}/evaluation b={root}/evaluation --json a.json".split()),
-        "ablate": Program(f"ablate --model {root}/wide --data {data} --out out --seeds 0 {ablation(train)}".split()),
+        "ablate": Program(
+            f"ablate --model {model} --data {data} --test x={data}:train --out out --seeds 0 {ablation(train)}".split()
+        ),
     }
     missing = {name.split()[0] for name in COMMANDS} - jobs.keys() - {"check", "env"}
     assert not missing, f"no job for {missing}"
@@ -316,7 +318,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         made = wait(spawn(lambda: make_inputs(root), root, root / "said.txt"), SECONDS)
         assert made == 0, (root / "said.txt").read_text()
         os.environ["HF_MODULES_CACHE"] = str(root / "modules")
-        inputs = [root / name for name in ("model", "wide", "raw", "data", "images", "evaluation")]
+        inputs = [root / name for name in ("model", "raw", "data", "images", "evaluation")]
         before = [snapshot(folder) for folder in inputs]
         print("program    seconds  kills  disks             lost  compared by name only")
         for name, program in programs(root).items():

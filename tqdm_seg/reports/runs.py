@@ -61,7 +61,7 @@ def _parts(text: str) -> tuple[str, list[Path]]:
     name, equals, rest = text.partition("=")
     if not equals or Path(text).exists():
         name, rest = "", text
-    return name, [Path(text)] if Path(rest).exists() else [Path(part) for part in rest.split(",")]
+    return name, [Path(rest)] if Path(rest).exists() else [Path(part) for part in rest.split(",")]
 
 
 def _joined(read: list[list[Method]], text: str) -> list[Method]:
