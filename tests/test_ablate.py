@@ -153,6 +153,18 @@ def test_seeds_are_averaged_and_published_figures_marked(tmp_path, capsys):
     assert r"\begin{tabular}{lrrr}" in latex and r"57.50$^\dagger$" in latex and r"\bottomrule" in latex
 
 
+def test_compare_takes_folders_and_asks_which_set(tmp_path, capsys):
+    one, two, three = (counted(tmp_path / name, seed) for seed, name in enumerate(("one", "two", "three")))
+    call("compare", one, two, "--set", "own")
+    by_folder = capsys.readouterr().out
+    call("compare", one / "own.parquet", two, "--set", "own")
+    assert by_folder.replace("one", "own") == capsys.readouterr().out and "Overall" in by_folder
+    with pytest.raises(ValueError, match="one has the sets cityscapes, own; say which: --set NAME"):
+        call("compare", one, three)
+    with pytest.raises(ValueError, match="one has no set 'bdd', only cityscapes, own"):
+        call("compare", one, three, "--set", "bdd")
+
+
 def test_runs_that_do_not_belong_into_one_table_are_refused(tmp_path):
     one, two = counted(tmp_path / "one", 0), counted(tmp_path / "two", 1, ("own",))
     with pytest.raises(ValueError, match="other sets"):

@@ -29,6 +29,7 @@ from .comparison import (
 )
 from .comparison_text import as_csv, as_json, as_markdown, say
 from .options import CompareOptions
+from .runs import set_table
 
 
 def read_scenes(path: Path) -> set[str]:
@@ -100,7 +101,7 @@ def run_names(first: str, second: str) -> tuple[str, str]:
 def read_and_compare(options: CompareOptions) -> Comparison:
     """The comparison of the files that the options name."""
     paths = str(options.first), str(options.second)
-    tables = [read_run(path) for path in paths]
+    tables = [read_run(set_table(path, options.set)) for path in paths]
     renamed = read_scene_map(options.scene_map) if options.scene_map else {}
     if options.scene_map:
         tables = rename_scenes(tables, renamed, options.scene_map)
@@ -130,7 +131,7 @@ def read_and_compare(options: CompareOptions) -> Comparison:
     )
 
 
-def read_run(path: str) -> FrameTable:
+def read_run(path: Path) -> FrameTable:
     """A table, all of whose scenes have possible names; raises ValueError for others."""
     table = read_table(path)
     try:

@@ -18,7 +18,7 @@ class CompareOptions(GroupOptions):
 
         tqdm-seg compare A.parquet B.csv --leaked SEEN_IN_TRAINING.txt --by weather,light --markdown comparison.md
 
-    A and B are tables of pixel counts per frame, as `tqdm-seg evaluate` writes them:
+    A and B are folders that `tqdm-seg evaluate` writes, or tables of pixel counts per frame in them:
         scene         mean IoU over the classes, on the summed counts of the scene's frames; sorted by canonical name
         Overall       the same on the counts of all frames; the mean of the scenes is stated separately
         difference    (B - A) x 100 percentage points, of unrounded values; above 0 is better, below 0 worse
@@ -32,8 +32,11 @@ class CompareOptions(GroupOptions):
     output says what differs.
     """
 
-    first: Path = option(metavar="A", help="per-frame table (.parquet or .csv) of the baseline")
+    first: Path = option(
+        metavar="A", help="folder of a finished evaluation, or per-frame table (.parquet or .csv), of the baseline"
+    )
     second: Path = option(metavar="B", help="the same of the run to compare with it")
+    set: str | None = option(None, metavar="NAME", help="which set, where A or B are folders of several")
     scenes: Path | None = option(None, group="scenes", help="only these scenes, one per line")
     known: Path | None = option(None, group="scenes", help="scenes of the training: groups known and unknown")
     leaked: Path | None = option(None, group="scenes", help="test scenes seen in training: groups with and without")

@@ -29,6 +29,23 @@ def run_tables(folder: Path) -> dict[str, Path]:
     return {name: folder / f"{name}.parquet" for name in sets}
 
 
+def set_table(path: str | Path, name: str | None = None) -> Path:
+    """The table of a set in the folder of a finished evaluation; a file is itself.
+
+    name: None where the evaluation has one set. Raises ValueError for several sets without a name, and for a name that
+    is not among them, OSError as `run_tables`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    tables = run_tables(path)
+    if name is None and len(tables) > 1:
+        raise ValueError(f"{path} has the sets {', '.join(tables)}; say which: --set NAME")
+    if name is not None and name not in tables:
+        raise ValueError(f"{path} has no set {name[:60]!r}, only {', '.join(tables)}; name one of them by --set")
+    return tables[name] if name else next(iter(tables.values()))
+
+
 def read_methods(texts: Iterable[str]) -> list[Method]:
     """The methods of arguments [NAME=]FOLDER[,FOLDER...], models first, each baseline once.
 
