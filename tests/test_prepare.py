@@ -168,7 +168,12 @@ def test_ycor_holds_its_last_frames_back_in_both_layouts(tmp_path):
         photo(frame / "rgb.jpg", 1, 4)
         coloured(frame / "labels.png", [trail, grass, sky, background])
     splits = {"iid000002": "train", "iid000010": "train", "iid000700": "validation", "iid000839": "test"}
-    expected = {"names": [0, 1, 7, 255], "trail_only": [1, 0, 0, 255], "with_grass": [1, 1, 0, 255]}
+    expected = {
+        "names": [0, 1, 7, 255],
+        "words": [0, 1, 6, 255],
+        "trail_only": [1, 0, 0, 255],
+        "with_grass": [1, 1, 0, 255],
+    }
     for choice, labels in expected.items():
         make("ycor", tmp_path / "in", tmp_path / choice, "--hold-out-last", 1, "--map", choice)
         rows = stored(tmp_path / choice)
@@ -200,7 +205,12 @@ def test_rugd_in_its_three_layouts_with_scenes_from_the_names(tmp_path):
         {"void": (0, 0, 0), **RUGD_COLOURS, "container/generic-object": RUGD_COLOURS["container"]}.items()
     ) if name != "container")  # fmt: skip
     (original / "RUGD_annotations/RUGD_annotation-colormap.txt").write_text(lines)
-    expected = {"names": [0, 2, 23, 255], "trail_only": [1, 0, 0, 255], "with_grass": [1, 1, 0, 255]}
+    expected = {
+        "names": [0, 2, 23, 255],
+        "words": [0, 2, 21, 255],
+        "trail_only": [1, 0, 0, 255],
+        "with_grass": [1, 1, 0, 255],
+    }
     for root in (original, sample, plain):
         for choice, labels in expected.items():
             out = tmp_path / f"{root.name}_{choice}"

@@ -276,17 +276,27 @@ TRAVERSABLE = {
     "with_grass": ("smooth trail", "rough trail", "dirt", "sand", "asphalt", "gravel", "mulch", "concrete",
                    "traversable grass", "grass"),
 }  # fmt: skip
+# Names that none of COCO-Stuff's 171 words stands for, see lists/class_words.json.
+_WITHOUT_WORD = ("obstacle", "pole", "container")
 
 
 def off_road_map(dataset: Literal["ycor", "rugd"], choice: OffRoadMap, reading: Reading) -> LabelMap:
-    """YCOR's or RUGD's own names, or traversable or not under one of two decisions.
+    """YCOR's or RUGD's own names, those of them that have a class vector, or traversable or not under two decisions.
 
     reading: "colours" of the original masks; "values": ids, YCOR's from 0 with 255 ignored, RUGD's from 1 with 0 void.
     """
     colours, void = (YCOR_COLOURS, (255,) * 3) if dataset == "ycor" else (RUGD_COLOURS, (0,) * 3)
-    new = dict(zip(colours, range(len(colours)), strict=True))
-    if choice != "names":
+    ignored = ["background" if dataset == "ycor" else "void"]
+    if choice in TRAVERSABLE:
+        classes = OFFROAD_CLASSES
         new = {name: int(name in TRAVERSABLE[choice]) for name in colours}
+        policy = f"traversable: {', '.join(name for name in colours if new[name])}; all else is not"
+    else:
+        left_out = _WITHOUT_WORD if choice == "words" else ()
+        classes = tuple(name for name in colours if name not in left_out)
+        new = {name: classes.index(name) if name in classes else IGNORE_INDEX for name in colours}
+        ignored += [name for name in colours if name in left_out]
+        policy = "classes of the dataset"
     if reading == "colours":
         values = [int.from_bytes(bytes(colour), "big") for colour in (*colours.values(), void)]
     else:
@@ -295,9 +305,5 @@ def off_road_map(dataset: Literal["ycor", "rugd"], choice: OffRoadMap, reading: 
     if reading == "values" and dataset == "rugd":
         table.append((IGNORE_INDEX, IGNORE_INDEX))
     kind = dataset if reading == "colours" else f"{dataset}_ids"
-    yes = ", ".join(name for name in colours if choice != "names" and new[name])
-    policy = f"traversable: {yes}; all else is not" if yes else f"the {len(colours)} classes of the dataset"
-    ignored = "background" if dataset == "ycor" else "void"
-    classes = tuple(colours) if choice == "names" else OFFROAD_CLASSES
-    name = choice if choice == "names" else f"traversable_{choice}"
-    return LabelMap(f"{kind}/{name}", classes, reading, tuple(table), f"{policy}; {ignored} is ignored")
+    name = f"traversable_{choice}" if choice in TRAVERSABLE else choice
+    return LabelMap(f"{kind}/{name}", classes, reading, tuple(table), f"{policy}; ignored: {', '.join(ignored)}")

@@ -10,9 +10,10 @@ from ..program import names, option
 
 # Those that this process may use: a job on a cluster, or under taskset, is given a part.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-OffRoadMap = Literal["names", "trail_only", "with_grass"]
+OffRoadMap = Literal["names", "words", "trail_only", "with_grass"]
 _OFF_ROAD_HELP = (
-    "names: the dataset's classes (default); trail_only: traversable are trails and other bare or hard ground; "
+    "names: the dataset's classes (default); words: those that have a class vector, obstacle, pole and container are "
+    "ignored; trail_only: traversable are trails and other bare or hard ground; "
     "with_grass: grass, too. Sets under different decisions are refused together"
 )
 
