@@ -219,18 +219,21 @@ class TqdmPreTrainedModel(TqdmBaseModel):
         vectors (V, E): one per name in about["names"]; about: see `class_vectors` of `TqdmConfig`. Classes keep their
         weights. Raises ValueError, changing nothing, for vectors of another shape and classes without one.
         """
-        config, width = copy.deepcopy(self.config), self.config.text_config.projection_dim
-        if tuple(vectors.shape) != (len(about["names"]), width):
-            raise ValueError(
-                f"class vectors are {tuple(vectors.shape)} and must be ({len(about['names'])}, {width}): names, width "
-                "of the model's image-text space; use vectors of the model's own CLIP"
-            )
+        config = copy.deepcopy(self.config)
         config.queries, config.class_vectors, config.centre_class_vectors = "vectors", about, centre
         config.frozen_texts = None
         config.set_classes(config.id2label)
-        for module in self.modules():
-            if isinstance(module, TextualQueries):
-                module.use_vectors(config, vectors)
+        shape = (len(about["names"]), config.text_config.projection_dim)
+        if tuple(vectors.shape) != shape:
+            raise ValueError(
+                f"class vectors are {tuple(vectors.shape)} and must be {shape}: names, width of the model's image-text "
+                "space; use vectors of the model's own CLIP"
+            )
+        queries = [module for module in self.modules() if isinstance(module, TextualQueries)]
+        if any(module.gamma.is_meta for module in queries):
+            raise ValueError("use_class_vectors() needs the weights, and they are offloaded; load them onto one device")
+        for module in queries:
+            module.use_vectors(config, vectors)
         for name in (*CLASS_FIELDS, "queries", "class_vectors", "centre_class_vectors"):
             setattr(self.config, name, getattr(config, name))
 

@@ -263,7 +263,8 @@ def test_a_model_with_a_tower_takes_vectors_and_drops_the_tower(images):
     same(model.model.text_queries.encode_reference(), table()[:3])
     assert model.segment(images).shape[1] == 3
     before = model.config.to_dict()
-    for vectors, about, words in ((table()[:, :8], ABOUT, "width"), (table()[:2], {"names": ["a", "b"]}, "'road'")):
+    wrong = [(table()[:, :8], ABOUT, "width"), (table()[:2], {"names": ["a", "b"]}, "'road'"), (table(), {}, "names")]
+    for vectors, about, words in wrong:
         with pytest.raises(ValueError, match=words):
             model.use_class_vectors(vectors, about)
     assert model.config.to_dict() == before
