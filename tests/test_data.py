@@ -381,7 +381,7 @@ def test_plain_batches_lose_no_row_repeat_an_epoch_and_resume(plain, monkeypatch
 def test_plain_data_with_wrong_columns_ids_or_files_is_named(plain, tmp_path):
     with pytest.raises(ValueError, match="has no column 'label', only photo, mask, note"):
         next(plain_of(plain, label="label").frames())
-    with pytest.raises(ValueError, match=r"label of 0_0.png in .* holds the ids 2, which the label map"):
+    with pytest.raises(ValueError, match=r"label of 0_0.png in .* holds the ids 2, which the list of classes"):
         next(plain_of(plain, classes=("a", "b")).frames())
     row = next(plain_of(plain).rows())
     row["photo"]["bytes"] = row["photo"]["bytes"][:100]

@@ -415,7 +415,7 @@ def test_a_port_is_no_split():
 
 def test_a_row_with_too_many_fields_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("scene,light\nx,day,night\n")
-    with pytest.raises(ValueError, match="a.csv, row 1: more fields"):
+    with pytest.raises(ValueError, match="a.csv, row 1: 3 fields, the header has 2"):
         read_attributes(tmp_path / "a.csv")
 
 

@@ -102,8 +102,8 @@ def test_two_processes_give_the_scores_of_one(load):
     [
         (([[[0, 3]]], [[[0, 1]]]), "prediction: value 3"),
         (([[[0, 1]]], [[[0, 1, 1]]]), "differ in size"),
-        (([[[0, 1]]], []), "one of each per image"),
-        ((None, [[[0, 1]]]), "one of each per image"),
+        (([[[0, 1]]], []), "one map per image"),
+        ((None, [[[0, 1]]]), "one map per image"),
         ((None, None), "nothing to compute"),
     ],
 )

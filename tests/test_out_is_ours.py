@@ -208,13 +208,13 @@ def test_names_from_files_are_plain(name):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [(b"", "empty"), (b" \n", "empty"), (b'{"a": 1', "damaged"), (b"[1]", "a list"), (b"null", "null"),
-     (b'{"b": 1}', "lacks a"), (b"\xff\xfe", "damaged"), (b"[" * 100_000, "damaged"), (b"3", "a number")],
+     (b'{"b": 1}', "lacks a"), (b"\xff\xfe", "damaged"), (b"[" * 100_000, "damaged"), (b"3", "a whole number")],
 )  # fmt: skip
 def test_json_errors_name_the_file(tmp_path, content, expected):
     path = tmp_path / "config.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=expected) as error:
-        read_json(path, ["a"], fix="save it again")
+        read_json(path, {"a": int}, fix="save it again")
     assert str(path) in str(error.value)
     assert "save it again" in str(error.value)
     with pytest.raises(FileNotFoundError, match="nosuch"):

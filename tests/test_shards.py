@@ -166,7 +166,8 @@ def test_25000_rows_of_the_index_load_in_a_second(tmp_path):
     pq.write_table(pa.table(columns, index_schema(classes)), content)
     manifest = {
         "format": FORMAT_VERSION, "classes": ["a"] * classes, "rows": {"train": rows}, "shards": [],
-        "dataset": "", "options": {}, "label_map": {}, "class_pixels": {}, "ignore_index": 255,
+        "dataset": "", "options": {"link": None}, "label_map": {"name": "a/b", "sha256": "", "policy": ""},
+        "class_pixels": {}, "ignore_index": 255, "source": {"files": 0, "bytes": 0, "sha256": ""},
         "index_sha256": hashlib.sha256(content.getvalue()).hexdigest(),
     }  # fmt: skip
     (tmp_path / "index.parquet").write_bytes(content.getvalue())
@@ -185,7 +186,7 @@ def test_what_is_not_finished_or_of_another_format_is_refused(out):
         read_index(out, "val")
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 0}))
-    with pytest.raises(ValueError, match="of format 0"):
+    with pytest.raises(ValueError, match="format is 0"):
         read_manifest(out)
     (out / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="no finished dataset"):

@@ -272,7 +272,7 @@ def test_a_damaged_file_beside_a_csv_is_named(tmp_path):
     write_table(tmp_path / "t.csv", random_table(0))
     for content in ("{", "[]", '{"classes": 3}'):
         (tmp_path / "t.csv.json").write_text(content)
-        with pytest.raises(ValueError, match="t.csv.json does not hold classes and protocol"):
+        with pytest.raises(ValueError, match="t.csv.json"):
             read_table(tmp_path / "t.csv")
 
 

@@ -251,7 +251,7 @@ def run_steps(options: AblateOptions, name: str, seed: int) -> int:
     if not options.eval_every_steps:
         return options.steps
     folder = chosen_model(options, options.out / "runs" / f"{name}_{seed}")
-    return int(read_json(folder / "results.json", ["step"])["step"])
+    return read_json(folder / "results.json", {"step": int})["step"]
 
 
 def training_text(options: AblateOptions, training: list[FrameDataset], steps: dict[str, int]) -> str:

@@ -15,7 +15,16 @@ import torch
 
 from tqdm_seg.data.label_maps import STREET_CLASSES
 from tqdm_seg.evaluation.class_sets import class_set, members
-from tqdm_seg.evaluation.metrics import class_accuracy, class_iou, confusion_matrix, mean_iou, pixel_accuracy
+from tqdm_seg.evaluation.metrics import (
+    as_ids,
+    check_settings,
+    class_accuracy,
+    class_iou,
+    confusion_matrix,
+    mean_iou,
+    pixel_accuracy,
+)
+from tqdm_seg.program import cut
 
 DESCRIPTION = "Mean intersection over union of semantic segmentation, from one confusion matrix over all images."
 INPUTS = """
@@ -56,14 +65,19 @@ class MeanIouTqdm(evaluate.Metric):
         number = self.num_classes
         if number is None:
             raise ValueError("the number of classes is missing; give num_labels to load or compute, such as 19")
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"num_classes is {number!r}; it must be a whole number from 1, such as 19")
+        check_settings(number, self.ignore_index)
+        if not isinstance(self.reduce_labels, bool):
+            raise ValueError(f"reduce_labels is {cut(repr(self.reduce_labels))}; it must be True or False")
         if isinstance(self.class_set, str):
             if number != len(STREET_CLASSES):
                 raise ValueError(f"class_set {self.class_set!r} is of {len(STREET_CLASSES)} classes; here are {number}")
             self.class_set = members(class_set(self.class_set, STREET_CLASSES), STREET_CLASSES)
-        if self.class_set is not None and not {*self.class_set} <= {*range(number)}:
-            raise ValueError(f"class_set {self.class_set} holds other ids than 0 to {number - 1}")
+        if self.class_set is not None and not (
+            isinstance(self.class_set, Sequence) and self.class_set and all(i in range(number) for i in self.class_set)
+        ):
+            raise ValueError(
+                f"class_set is {cut(repr(self.class_set))}; it must be a list of ids from 0 to {number - 1}"
+            )
 
     def _info(self) -> evaluate.MetricInfo:
         maps = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
@@ -88,8 +102,9 @@ class MeanIouTqdm(evaluate.Metric):
         """Counts a batch of maps; when it raises, none of them."""
         self._set(**settings)
         self._check_settings()
-        if predictions is None or references is None or len(predictions) != len(references):
-            raise ValueError("predictions and references differ in number; give one of each per image")
+        number, other = (len(batch) if hasattr(batch, "__len__") else None for batch in (predictions, references))
+        if number is None or number != other or isinstance(predictions, str):
+            raise ValueError("predictions and references must be lists of one map per image, of the same number")
         counts = [self._count(p, r) for p, r in zip(predictions, references, strict=True)]
         if self._matrix is None:
             self._matrix = torch.zeros(self.num_classes, self.num_classes + 1, dtype=torch.int64)
@@ -164,11 +179,10 @@ def _ids(name: str, values: Any) -> torch.Tensor:
     try:
         ids = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} hold {type(values).__name__} that is no map (H, W) of class ids") from error
+        found = f"{type(values).__name__} {cut(values, 40)}"
+        raise ValueError(f"{name} hold {found}, no map (H, W); give class ids, such as scores.argmax(0)") from error
     if ids.ndim != 2:
         raise ValueError(
             f"{name} hold a map of shape {tuple(ids.shape)}; give class ids (H, W), such as scores.argmax(0)"
         )
-    if ids.is_complex() or ids.dtype == torch.bool or ids.is_floating_point() and not (ids == ids.round()).all():
-        raise ValueError(f"{name} hold {ids.dtype} that are no class ids; give whole numbers, such as scores.argmax(0)")
-    return ids.long() if ids.is_floating_point() else ids
+    return as_ids(name, ids)

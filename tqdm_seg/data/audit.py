@@ -145,7 +145,9 @@ def read_set(source: str) -> FrameSet:
         return read_folder(source)
     if path.is_file():
         return read_list(source)
-    raise FileNotFoundError(f"file or folder not found: {source}")
+    raise FileNotFoundError(
+        f"file or folder not found: {source}; give a list of names, a folder of images or a prepared dataset"
+    )
 
 
 def is_shard_folder(path: Path) -> bool:
@@ -189,7 +191,7 @@ def read_folder(source: str) -> FrameSet:
     root = Path(source).resolve()
     paths = list(walk(root, once=True))
     if not paths:
-        raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)})")
+        raise FileNotFoundError(f"{source} holds no image ({', '.join(IMAGE_SUFFIXES)}); choose a folder of images")
     in_layout = [path for path in paths if path.parent.name == "image_data"]
     frames = []
     for path in in_layout or paths:

@@ -18,7 +18,7 @@ from .label_maps import IGNORE_INDEX, LabelMap
 
 IGNORED = "ignored"
 LONGEST_NAME = 100
-_FORMS = "NAME or NAME,ID or NAME,R,G,B with numbers to 255"
+_FORMS = "NAME or NAME,ID or NAME,R,G,B with numbers from 0 to 255"
 _HEADER = {
     "name": ("name", "names", "class_name", "classname", "class", "classes", "category", "label", "labels"),
     "id": ("id", "ids", "class_id", "label_id", "index", "value", "pixel", "pixel_value", "class", "label"),
@@ -75,8 +75,9 @@ def read_classes(path: Path, masks_hold: Literal["ids", "colours"] = "colours") 
     reading: Literal["colours", "values"] = "colours" if by_colour else "values"
     try:
         return LabelMap(
-            f"folder/{path.stem}", classes, reading, tuple(table.items()), policy, counted=not (has_ids or by_colour)
-        )
+            f"folder/{path.stem}", classes, reading, tuple(table.items()), policy, counted=not (has_ids or by_colour),
+            listed_in=path.name,
+        )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"class file {path} lists {error}") from error
 
@@ -249,5 +250,5 @@ def _checked_name(path: Path, number: int, text: str, name: str) -> str:
     if re.fullmatch(r"-?\d+([.,]\d+)?", name):
         raise _wrong(path, number, text, f"the name is a number; write {_FORMS}")
     if len(name) > LONGEST_NAME:
-        raise _wrong(path, number, text, f"the name is longer than {LONGEST_NAME} characters; use a shorter one")
+        raise _wrong(path, number, text, f"the name has {len(name)} characters; at most {LONGEST_NAME} are allowed")
     return name.strip()

@@ -8,11 +8,13 @@ Imports the standard library only.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
 import stat
 import tempfile
+import typing
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from fnmatch import fnmatch
@@ -20,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
-from ..program import cut
+from ..program import LARGEST, cut
 
 _PACKAGE = Path(__file__).parents[1]
 MARK = ".tqdm-seg"
+_AGAIN = "make or copy it again"
 _TEMPORARY, _OLD = ".tqdm-seg.tmp.", ".tqdm-seg.old."
 # What operating systems, editors and mounts leave in folders: nobody's property, no obstacle, no data.
 SYSTEM_FILES = (
@@ -58,11 +61,11 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in found if not is_system_file(name) and name.name != MARK)
 
 
-def read_json(path: Path, required: Iterable[str] = (), fix: str = "make or copy it again") -> dict[str, Any]:
+def read_json(path: Path, fields: dict[str, Any] | None = None, fix: str = _AGAIN) -> dict[str, Any]:
     """The fields of a JSON file.
 
-    Raises FileNotFoundError for a missing file, and ValueError naming it for one that is empty, cut, no object, or
-    lacks a required field; `fix` says what to do.
+    fields: what has to be in it, as `check_fields` takes it. Raises FileNotFoundError for a missing file, and
+    ValueError naming it for one that is empty, cut, no object, or has other fields; `fix` says what to do.
     """
     try:
         content = path.read_bytes()
@@ -70,25 +73,66 @@ def read_json(path: Path, required: Iterable[str] = (), fix: str = "make or copy
         raise FileNotFoundError(f"file not found: {path}; {fix}") from error
     except OSError as error:
         raise OSError(f"cannot read {path} ({error.strerror}); {fix}") from error
-    return parse_json(content, path, required, fix)
+    return parse_json(content, path, fields, fix)
 
 
 def parse_json(
-    content: str | bytes, name: str | Path, required: Iterable[str] = (), fix: str = "make or copy it again"
+    content: str | bytes, name: str | Path, fields: dict[str, Any] | None = None, fix: str = _AGAIN
 ) -> dict[str, Any]:
     """As `read_json`, of a text that `name` stands for."""
     if not content.strip():
         raise ValueError(f"{name} is empty; {fix}")
     try:
-        fields = json.loads(content)
+        found = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is damaged or no JSON ({cut(error, 80)}); {fix}") from error
-    if not isinstance(fields, dict):
-        kind = {"list": "a list", "str": "a text", "NoneType": "null"}.get(type(fields).__name__, "a number")
-        raise ValueError(f"{name} holds {kind} where fields are expected; {fix}")
-    if missing := [field for field in required if field not in fields]:
-        raise ValueError(f"{name} lacks {', '.join(missing[:5])}; {fix}")
-    return fields
+    check_fields(found, fields or {}, name, fix)
+    return found
+
+
+def check_fields(value: Any, expected: Any, name: str | Path, fix: str = _AGAIN, field: str = "") -> None:
+    """Raises ValueError, naming file and field, unless `value` of a JSON file is of the expected form.
+
+    expected: a type or a union of types (a number is finite and no bool, an int does for a float, object is anything),
+    [form of every item], {name: form} of fields, which have to be there but for "name?", {str: form} of any names.
+    """
+    form = type(expected) if isinstance(expected, dict | list) else expected
+    if not _is(value, form):
+        what = f"{field} is {cut(repr(value), 40)}" if field else f"the content is {_kind(type(value))}"
+        kinds = " or ".join(map(_kind, typing.get_args(form) or (form,)))
+        raise ValueError(f"{name}: {what}, expected {kinds}; {fix}")
+    if isinstance(expected, list):
+        for number, item in enumerate(value):
+            check_fields(item, expected[0], name, fix, f"{field}[{number}]")
+    elif isinstance(expected, dict):
+        if missing := [key for key in expected if key is not str and not key.endswith("?") and key not in value]:
+            raise ValueError(f"{name} lacks {', '.join(f'{field}.{key}'.lstrip('.') for key in missing[:5])}; {fix}")
+        for key, item in value.items():
+            forms = (expected[known] for known in (key, f"{key}?", str) if known in expected)
+            check_fields(item, next(forms, object), name, fix, f"{field}.{key}".lstrip("."))
+
+
+_KINDS = {
+    dict: "fields",
+    list: "a list",
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+def _kind(form: type) -> str:
+    return _KINDS.get(form, "null")
+
+
+def _is(value: Any, form: Any) -> bool:
+    """Whether a value from JSON is of a type, or one of a union."""
+    forms = typing.get_args(form) or (form,)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return isinstance(value, forms)
+    whole = isinstance(value, int) and abs(value) < LARGEST
+    return object in forms or (int in forms and whole) or (float in forms and -math.inf < value < math.inf)
 
 
 def plain_name(name: object, source: str | Path) -> str:
@@ -193,7 +237,7 @@ def claim_folder(folder: Path, program: str) -> None:
 def read_mark(folder: Path) -> dict[str, Any] | None:
     """What the mark of a folder says, or None where there is none."""
     try:
-        return read_json(folder / MARK, ("program",))
+        return read_json(folder / MARK, {"program": str})
     except (OSError, ValueError):
         return None
 

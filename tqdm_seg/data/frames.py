@@ -121,9 +121,9 @@ class PlainRows:
 
         rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
         columns = rows.features or rows._resolve_features().features or {}
-        for column in (self.image, self.label):
+        for column, flag in ((self.image, "--image-column"), (self.label, "--label-column")):
             if column not in columns:
-                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(columns)}")
+                raise ValueError(f"{self.source} has no column {column!r}, only {', '.join(columns)}; see {flag}")
             if not _holds_files(columns[column]):
                 raise ValueError(
                     f"column {column!r} of {self.source} holds {cut(columns[column])}, expected images; name "

@@ -50,6 +50,7 @@ class LabelMap:
     counted: a class file gave names without ids, so 0, 1, ... were assumed.
     tolerance: a value without an entry counts as the nearest one that differs by this much at most (in every channel of
         a colour), for masks with smoothed edges; 0: it is an error.
+    listed_in: file or option that the user lists the classes in.
     """
 
     name: str
@@ -59,6 +60,7 @@ class LabelMap:
     policy: str
     counted: bool = False
     tolerance: int = 0
+    listed_in: str = ""
 
     def __post_init__(self):
         if not 1 <= len(self.classes) <= IGNORE_INDEX:
@@ -116,10 +118,12 @@ class LabelMap:
             row, column = np.argwhere(unknown)[0].tolist()
             shown = [f"({v >> 16}, {v >> 8 & 255}, {v & 255})" if self.reading == "colours" else v for v in strange[:8]]
             more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
+            listed = self.listed_in or f"the label map {self.name}"
             raise ValueError(
                 f"holds {'the colours' if self.reading == 'colours' else 'the ids'} "
-                f"{', '.join(map(str, shown))}{more}, which the label map {self.name} does not know, "
+                f"{', '.join(map(str, shown))}{more}, which {listed} does not know, "
                 f"first at row {row}, column {column} ({unknown.sum()} of {unknown.size} pixels)"
+                + (f"; add them to {listed}" if self.listed_in else "")
             )
 
 
@@ -161,7 +165,8 @@ def _read_values(content: bytes, reading: Reading) -> np.ndarray:
 def as_stored(classes: Sequence[str]) -> LabelMap:
     """The map of files whose values are the ids of these classes, 255 ignored."""
     table = tuple((i, i) for i in (*range(len(classes)), IGNORE_INDEX))
-    return LabelMap("ids/as_they_are", tuple(classes), "values", table, "labels hold class ids; 255 is ignored")
+    policy = "labels hold class ids; 255 is ignored"
+    return LabelMap("ids/as_they_are", tuple(classes), "values", table, policy, listed_in="the list of classes")
 
 
 # Compressions of TIFF that change values, as Pillow names them.

@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .files import cut, parse_json, replace_file
+from .files import check_fields, cut, parse_json, replace_file
 from .label_maps import IGNORE_INDEX
 from .remote import DamagedError, Storage
 
@@ -215,10 +215,13 @@ class Index:
         return values.reshape(len(self), len(self.manifest["classes"]))
 
 
-_MANIFEST_FIELDS = (
-    "format", "dataset", "options", "classes", "label_map", "rows", "class_pixels", "shards", "index_sha256"
-)  # fmt: skip
-_RECORD = {"file": str, "split": str, "shard": int, "rows": int, "bytes": int, "sha256": str}
+# What is read of a manifest.
+_MANIFEST = {
+    "dataset": str, "classes": [str], "ignore_index": int, "rows": {str: int}, "class_pixels": {str: [int]},
+    "index_sha256": str, "label_map": {"name": str, "sha256": str, "policy": str},
+    "options": {"link": str | None}, "source": {"files": int, "bytes": int, "sha256": str},
+    "shards": [{"file": str, "split": str, "shard": int, "rows": int, "bytes": int, "sha256": str}],
+}  # fmt: skip
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -237,25 +240,17 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def _parsed(name: str, content: bytes) -> dict[str, Any]:
+    fix = "copy the folder again, or prepare it again"
     try:
-        manifest = parse_json(content, name, ("format",), "copy the folder again, or prepare it again")
-        if manifest["format"] == FORMAT_VERSION:
-            parse_json(content, name, _MANIFEST_FIELDS, "copy the folder again, or prepare it again")
+        manifest = parse_json(content, name, {"format": object}, fix)
+        for field, wanted in (("format", FORMAT_VERSION), ("ignore_index", IGNORE_INDEX)):
+            if manifest.get(field) != wanted:
+                found = cut(manifest.get(field, "missing"))
+                raise ValueError(f"{name}: {field} is {found}, this code reads {wanted}; prepare it again")
+        check_fields(manifest, _MANIFEST, name, fix)
     except ValueError as error:
         raise DamagedError(str(error)) from error
-    if manifest["format"] != FORMAT_VERSION:
-        raise ValueError(
-            f"{name} is of format {cut(manifest['format'])}, this code reads {FORMAT_VERSION}; prepare it again"
-        )
-    for field, kind in (("classes", list), ("shards", list), ("rows", dict), ("options", dict), ("label_map", dict)):
-        if not isinstance(manifest[field], kind):
-            raise ValueError(f"{name}: {field} is {cut(manifest[field])}, expected a {kind.__name__}; prepare it again")
-    if manifest.get("ignore_index") != IGNORE_INDEX:
-        found = cut(manifest.get("ignore_index", "missing"))
-        raise ValueError(f"{name}: ignore_index is {found}, expected {IGNORE_INDEX}; prepare it again")
     for record in manifest["shards"]:
-        if not isinstance(record, dict) or any(not isinstance(record.get(f), kind) for f, kind in _RECORD.items()):
-            raise ValueError(f"{name} has the shard {cut(record)}, expected {', '.join(_RECORD)}; prepare it again")
         if not SHARD_NAME.fullmatch(record["file"]):
             raise ValueError(
                 f"{name} names the file {cut(repr(record['file']))}, which no prepare command writes; prepare it again"

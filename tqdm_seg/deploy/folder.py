@@ -142,8 +142,8 @@ def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the parts that its index names; raises FileNotFoundError or ValueError naming the file."""
     index, names = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():
-        places = read_json(index, ["weight_map"], _AGAIN)["weight_map"]
-        if not isinstance(places, dict) or not places:
+        places = read_json(index, {"weight_map": {str: str}}, _AGAIN)["weight_map"]
+        if not places:
             raise ValueError(f"{index}: weight_map names no files; {_AGAIN}")
         names = sorted({plain_name(name, index) for name in places.values()})
     if missing := [folder / name for name in names if not (folder / name).is_file()]:

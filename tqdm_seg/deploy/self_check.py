@@ -78,7 +78,7 @@ def verify(model: TqdmForSemanticSegmentation, folder: str | Path, precision: st
     path = Path(folder) / FILE
     if not path.is_file():
         return None
-    stored = read_json(path, ["scores"], "save or download the model again")["scores"]
+    stored = read_json(path, {"scores": {str: list}}, "save or download the model again")["scores"]
     try:
         expected = {text: torch.tensor(values, dtype=torch.float32) for text, values in stored.items()}
     except (ValueError, TypeError, AttributeError) as error:

@@ -37,7 +37,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from ..data.files import write_file
+from ..data.files import cut, parse_json, write_file
 from .class_sets import class_set
 
 # Ground truth and prediction, as in 0-1 and 0-none.
@@ -46,6 +46,7 @@ _CLASS = re.compile(r"class(0|[1-9]\d*)_(\w+)")
 _CLASS_TOTALS = ("intersect", "union", "pred_label", "label")
 # Key of classes and protocol in the Parquet file.
 _FACTS = b"tqdm_seg"
+_FIELDS = {"classes": [str], "protocol": {"class_set?": {"name": str, "classes": [str]}}}
 # A float64 holds every whole number below this; no table has more pixels in a cell.
 _LARGEST = 2**53
 
@@ -133,6 +134,8 @@ def read_table(path: str | Path) -> FrameTable:
     _check_suffix(path)
     try:
         return _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({cut(error, 80)}); copy it again, or evaluate again") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -373,11 +376,8 @@ def _facts_path(path: Path) -> Path:
 
 
 def _read_facts(text: bytes, where: str) -> dict[str, Any]:
-    try:
-        facts = json.loads(text)
-        return {"classes": list(map(str, facts["classes"])), "protocol": dict(facts["protocol"])}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{where} does not hold classes and protocol ({error!r}); write the table again") from error
+    facts = parse_json(text, where, _FIELDS, "write it again")
+    return {name: facts[name] for name in ("classes", "protocol")}
 
 
 # -- frames scored so far -------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
     """Raises ValueError when the folder holds another evaluation, FileExistsError when it holds other files."""
     check_out_folder(out, "evaluate")
     path = out / "plan.json"
-    if not path.is_file() or not ((out / "results.json").is_file() or any((out / "parts").rglob("*.npz"))):
+    if not ((out / "results.json").is_file() or any((out / "parts").rglob("*.npz"))):
         return  # nothing is scored yet
     before, now = (flatten(content) for content in (read_json(path, fix="choose another --out"), plan))
     changed = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
@@ -312,7 +312,7 @@ def frame_table(evaluation: Evaluation, chosen: EvaluationSet, scored: Scored, o
 def finished_table(chosen: EvaluationSet, out: Path) -> FrameTable:
     """The table of an evaluation that is finished; raises ValueError unless it is the one that its results are of."""
     path = out / f"{chosen.name}.parquet"
-    table, results = read_table(path), read_json(out / "results.json", ["sets"])
+    table, results = read_table(path), read_json(out / "results.json", {"sets": {str: dict}})
     matrix = results["sets"].get(chosen.name, {}).get("matrix")
     if (chosen.indexed and table.frames != chosen.frames.keys) or table.counts.sum(0).tolist() != matrix:
         raise ValueError(f"{path} is not the table that {out / 'results.json'} is of; evaluate into another --out")

@@ -5,6 +5,7 @@ Letters: K classes.
 
 import csv
 import io
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -30,6 +31,20 @@ def set_results(table: FrameTable) -> dict[str, Any]:
         "protocol": table.protocol,
         "groups": group_results(table),
     }
+
+
+def first_difference(found: Any, expected: Any, field: str = "") -> str:
+    """Dotted name of the first field of `expected` that `found` lacks or has other, floats to 1e-9; "" for none."""
+    parts: Iterable[tuple[Any, Any, str]] = ()
+    if isinstance(expected, dict) and isinstance(found, dict):
+        parts = ((found.get(name, ...), value, f"{field}.{name}".lstrip(".")) for name, value in expected.items())
+    elif isinstance(expected, list) and isinstance(found, list) and len(found) == len(expected):
+        parts = ((*both, f"{field}[{number}]") for number, both in enumerate(zip(found, expected, strict=True)))
+    elif isinstance(expected, float) and type(found) in (int, float):
+        return "" if math.isclose(found, expected, rel_tol=1e-9) else field
+    else:
+        return "" if type(found) is type(expected) and found == expected else field
+    return next(filter(None, (first_difference(*part) for part in parts)), "")
 
 
 def group_results(table: FrameTable) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+from ..data.files import cut
 from ..data.scenes import scene_identity
 
 ATTRIBUTES = ("weather", "light", "road")
@@ -19,14 +20,24 @@ def flatten(protocol: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_attributes(path: Path) -> dict[str, dict[str, str]]:
-    """{scene identity: {column: value}} of a CSV; raises ValueError if it has no scenes, or one of them twice."""
-    rows = list(csv.DictReader(read_text(path).splitlines()))
-    if not rows or "scene" not in rows[0]:
-        raise ValueError(f"{path} needs a column 'scene' and a row per scene")
+    """{scene identity: {column: value}} of a CSV.
+
+    Raises ValueError for what is no table with a column of scenes and others, or names a column or scene twice.
+    """
+    try:
+        header, *rows = [fields for fields in csv.reader(read_text(path).splitlines()) if fields] or [[]]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV ({error}); save it as UTF-8 CSV") from error
+    if not rows or "scene" not in header or len(header) < 2:
+        raise ValueError(f"{path} needs a column 'scene', others to group by, with commas between, and a row per scene")
+    if len({*header}) < len(header):
+        raise ValueError(f"{path} has a column twice in {cut(', '.join(header))}; rename or remove one")
     found: dict[str, dict[str, str]] = {}
-    for number, row in enumerate(rows, 1):
-        if None in row:
-            raise ValueError(f"{path}, row {number}: more fields than the header has; mend the row")
+    for number, fields in enumerate(rows, 1):
+        if len(fields) != len(header):
+            counts = f"{len(fields)} fields, the header has {len(header)}"
+            raise ValueError(f"{path}, row {number}: {counts}; mend the row")
+        row = dict(zip(header, fields, strict=True))
         try:
             scene = scene_identity(row["scene"])
         except ValueError as error:

@@ -5,11 +5,13 @@ processes or order of the frames. All scores take the matrix of `confusion_matri
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..program import cut
 from .class_sets import members
 
 BYTES = 256  # values that a label image can hold
@@ -26,8 +28,10 @@ def confusion_matrix(
     false alarm for no class: it has a column and no row.
     check: False leaves out pairs of other values, so that bytes on a GPU are counted without waiting for it; the sum of
     the counts then tells whether all pixels were valid.
-    Raises ValueError when the shapes differ or a value is neither a class nor `ignore_index`.
+    Raises ValueError when the shapes differ, a value is neither a class nor `ignore_index`, and for what holds no ids.
     """
+    check_settings(num_classes, ignore_index)
+    prediction, labels = as_ids("prediction", prediction), as_ids("labels", labels)
     if prediction.shape != labels.shape:
         raise ValueError(
             f"prediction {tuple(prediction.shape)} and labels {tuple(labels.shape)} differ in size; resize the scores "
@@ -54,6 +58,25 @@ def confusion_matrix(
     if ignore_index < num_classes:
         matrix[:, ignore_index] = 0  # they are in the last column
     return matrix
+
+
+def check_settings(num_classes: int, ignore_index: int) -> None:
+    """Raises ValueError unless both are whole numbers, the first from 1."""
+    for name, value, fits in (
+        ("num_classes", num_classes, "from 1, such as 19"),
+        ("ignore_index", ignore_index, "such as 255"),
+    ):
+        if not isinstance(value, Integral) or isinstance(value, bool) or (name == "num_classes" and value < 1):
+            raise ValueError(f"{name} is {cut(repr(value))}; it must be a whole number {fits}")
+
+
+def as_ids(name: str, values: Tensor) -> Tensor:
+    """The values as whole numbers; raises ValueError, naming them, for what holds no class ids."""
+    real = isinstance(values, Tensor) and values.dtype != torch.bool and not values.is_complex()
+    if not real or (values.is_floating_point() and not (values == values.round()).all()):
+        kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{name}: {kind} holds no class ids; give whole numbers, such as scores.argmax(0)")
+    return values.long() if values.is_floating_point() else values
 
 
 def group_sums(counts: np.ndarray, groups: Sequence[str]) -> dict[str, np.ndarray]:

@@ -239,7 +239,8 @@ def frame_attributes(
     names = [name for name in ATTRIBUTES if name in columns] if wanted is None else wanted
     missing = [name for name in names if name not in columns]
     if missing:
-        raise ValueError(f"the attributes have no column {missing[0]!r}, only {', '.join(sorted(columns))}")
+        known = ", ".join(sorted(columns - {"scene"}))
+        raise ValueError(f"--attributes has no column {missing[0]!r} for --by; choose from {known}")
     # A name that no table can have is refused here, before the first frame, not with the table after the last.
     FrameTable(["-"], [""], {name: [""] for name in names}, np.zeros((1, 1, 2), np.int64), ["-"], {})
     known = {scene: of_scene.get(scene_identity(scene), {}) for scene in set(scenes)}

@@ -77,11 +77,11 @@ def rename_scenes(tables: Sequence[FrameTable], renamed: dict[str, str], path: P
     return [replace(table, scenes=scenes) for table, scenes in zip(tables, names, strict=True)]
 
 
-def keep_scenes(table: FrameTable, scenes: set[str], source: str) -> FrameTable:
-    """The rows of these scenes; raises ValueError if there are none."""
+def keep_scenes(table: FrameTable, path: str, scenes: set[str], listed: Path) -> FrameTable:
+    """The rows of these scenes; raises ValueError, naming the table and the list, if there are none."""
     kept = [row for row, scene in enumerate(identities(table)) if scene in scenes]
     if not kept:
-        raise ValueError(f"{source} has no scene of the list; compare the names")
+        raise ValueError(f"{path} has no scene of the list {listed}; compare the names")
     return replace(
         table,
         frames=[table.frames[row] for row in kept],
@@ -113,7 +113,7 @@ def read_and_compare(options: CompareOptions) -> Comparison:
     if options.scenes:
         wanted = scenes_of(options.scenes)
         left_out = all_scenes(tables) - wanted
-        tables = [keep_scenes(table, wanted, path) for table, path in zip(tables, paths, strict=True)]
+        tables = [keep_scenes(*table_path, wanted, options.scenes) for table_path in zip(tables, paths, strict=True)]
         if left_out:
             values = {"file": options.scenes.name, "count": len(left_out)}
             notes.append(Message("Scenes left out because they are not in {file}: {count}.", values))

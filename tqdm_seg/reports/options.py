@@ -10,6 +10,7 @@ from ..program import option
 
 # Figures that other works published, with protocol and source.
 PUBLISHED = Path(__file__).parents[1] / "data" / "lists" / "published_results.csv"
+_MOST_RESAMPLES = 1_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,10 @@ class CompareOptions(GroupOptions):
     json: Path | None = option(None, group="output", help="write everything, unrounded")
 
     def __post_init__(self):
-        if min(self.bootstrap, self.seed) < 0:
-            raise ValueError("--bootstrap and --seed must be 0 or more")
+        if not 0 <= self.bootstrap <= _MOST_RESAMPLES:
+            raise ValueError(f"--bootstrap {self.bootstrap} must be 0 to {_MOST_RESAMPLES}")
+        if self.seed < 0:
+            raise ValueError(f"--seed {self.seed} must be 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import check_out_file, read_json, write_file
+from ..data.files import check_fields, check_out_file, plain_name, read_json, write_file
 from ..data.frames import FrameDataset
 from ..deploy.folder import identity, load_model, model_folder, warn_untrained
 from ..deploy.predict import choose_device, set_windows
 from ..deploy.speed import ready_to_predict
 from ..evaluation.class_sets import members
 from ..evaluation.counts import FrameTable, read_table
+from ..evaluation.figures import first_difference, mean_results, set_results
 from ..evaluation.metrics import class_iou
 from ..evaluation.options import SetSource, parse_sets
 from ..evaluation.protocol import Protocol
@@ -41,8 +42,23 @@ from .page import BEGINS, FrameScore, SetReport, render_page
 _RESAMPLES = 10000
 
 
-def read_results(folder: Path) -> dict[str, Any]:
-    """results.json of a finished evaluation; raises OSError or ValueError for any other folder."""
+# What is read of results.json, besides what follows from the tables.
+_RESULTS = {
+    "model": {"path": str, "sha256": {str: str}, "commit": str | None, "version": str | None},
+    "sets": {str: dict},
+}
+# What is read of a set in it to draw its frames.
+_DRAWN = {
+    "data": {"path": str, "split": str, "index_sha256": str},
+    "views": {"size": dict | None, "scales": [float], "flip": bool, "softmax_views": bool, "offnet": bool},
+}
+
+
+def read_evaluation(folder: Path) -> tuple[dict[str, Any], dict[str, FrameTable]]:
+    """results.json of a finished evaluation, and its tables by set.
+
+    Raises OSError or ValueError for any other folder, and for figures that do not follow from the tables.
+    """
     path = folder / "results.json"
     if not folder.is_dir():
         raise FileNotFoundError(f"folder not found: {folder}; give the --out of a finished tqdm-seg evaluate")
@@ -50,14 +66,22 @@ def read_results(folder: Path) -> dict[str, Any]:
         begun = (folder / "plan.json").is_file()
         advice = "let tqdm-seg evaluate finish there" if begun else "give the --out of a finished tqdm-seg evaluate"
         raise FileNotFoundError(f"{folder} holds no results.json; {advice}")
-    results = read_json(path, fix="evaluate again into a new folder")
+    fix = "evaluate again into a new folder"
+    results = read_json(path, fix=fix)
     if "sets" not in results:
         model = folder / "model" if (folder / "model").is_dir() else "MODEL"
         raise ValueError(
-            f"{folder} holds a training run, no evaluation; run tqdm-seg evaluate {model} --data NAME=PATH --out DIR, "
-            "then tqdm-seg report DIR"
+            f"{path} has no sets: it is of a training run, no evaluation; run tqdm-seg evaluate {model} --data "
+            "NAME=PATH --out DIR, then tqdm-seg report DIR"
         )
-    return results
+    check_fields(results, _RESULTS, path, fix)
+    tables = {name: read_table(folder / f"{plain_name(name, path)}.parquet") for name in results["sets"]}
+    sets = {name: set_results(table) for name, table in tables.items()}
+    expected = {"sets": sets} | ({"mean": mean_results(sets)} if len(sets) > 1 else {})
+    if not sets or (field := first_difference(results, expected)):
+        files = ", ".join(f"{name}.parquet" for name in sets)
+        raise ValueError(f"{path}: {f'{field} does not follow from {files}' if sets else 'sets is empty'}; {fix}")
+    return results, tables
 
 
 def rank_frames(table: FrameTable) -> list[FrameScore]:
@@ -80,6 +104,7 @@ def open_frames(source: SetSource, results: dict[str, Any]) -> FrameDataset:
     """The frames that were evaluated; raises ValueError if those of the source are others."""
     if source.name not in results["sets"]:
         raise ValueError(f"--data {source.name}: the evaluation has no such set, only {', '.join(results['sets'])}")
+    check_fields(results["sets"][source.name], _DRAWN, f"results.json, set {source.name}", "evaluate again")
     data = results["sets"][source.name]["data"]
     frames = FrameDataset(source.folder, source.split or data["split"])
     found = frames.index.manifest["index_sha256"]
@@ -132,14 +157,15 @@ def compare_sets(folders: tuple[Path, Path], tables: dict[str, FrameTable]) -> d
     tables: those of the first folder, by set.
     """
     first, second = folders
-    common = [name for name in tables if name in read_results(second)["sets"]]
+    _, others = read_evaluation(second)
+    common = [name for name in tables if name in others]
     if not common:
         raise ValueError(f"{second} has none of the sets {', '.join(tables)}; evaluate under the same names")
     names = tuple(path.resolve().name for path in folders)
     runs = names if names[0] != names[1] else (str(first), str(second))
     found = {}
     for name in common:
-        both = tables[name], read_table(second / f"{name}.parquet")
+        both = tables[name], others[name]
         both = with_class_set(both, None)
         groups, notes = attribute_groups(both, None, None)
         found[name] = compare_tables(both, runs, groups=groups, resamples=_RESAMPLES, notes=notes)
@@ -149,10 +175,9 @@ def compare_sets(folders: tuple[Path, Path], tables: dict[str, FrameTable]) -> d
 @takes(ReportOptions)
 def report(options: ReportOptions) -> Path:
     """Writes the page; returns where."""
-    results, out = read_results(options.results), options.out or options.results / "report.html"
+    (results, tables), out = read_evaluation(options.results), options.out or options.results / "report.html"
     check_out_file(out, BEGINS, [path for path in options.results.iterdir() if path.name != "report.html"])
     datasets = {source.name: open_frames(source, results) for source in parse_sets(options.data or ())}
-    tables = {name: read_table(options.results / f"{name}.parquet") for name in results["sets"]}
     compared = compare_sets((options.results, options.compare), tables) if options.compare else {}
     parts = []
     for name, found in results["sets"].items():

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..data.files import read_json
+from ..data.files import plain_name, read_json
 from ..evaluation.baselines import BASELINE_FOLDER, BASELINES, file_name
 from ..evaluation.counts import FrameTable, read_table
 
@@ -25,8 +25,8 @@ class Method:
 def run_tables(folder: Path) -> dict[str, Path]:
     """{set: per-frame table} of a finished evaluation; raises OSError or ValueError for any other folder."""
     fix = "name the --out of a finished tqdm-seg evaluate or tqdm-seg ablate"
-    sets = read_json(folder / "results.json", ["sets"], fix)["sets"]
-    return {name: folder / f"{name}.parquet" for name in sets}
+    sets = read_json(folder / "results.json", {"sets": {str: dict}}, fix)["sets"]
+    return {name: folder / f"{plain_name(name, folder)}.parquet" for name in sets}
 
 
 def set_table(path: str | Path, name: str | None = None) -> Path:
@@ -107,7 +107,8 @@ def _read(folder: Path, name: str) -> list[Method]:
 
 def read_ablation(folder: Path) -> list[Method]:
     """All variants of an ablation, with their seeds, and the baselines."""
-    facts = read_json(folder / ABLATION, ["variants", "seeds", "sets"], "run tqdm-seg ablate again")
+    fields = {"variants": {str: str}, "seeds": [int], "sets": [str]}
+    facts = read_json(folder / ABLATION, fields, "run tqdm-seg ablate again")
     methods = []
     for variant, label in facts["variants"].items():
         paths = {

@@ -25,9 +25,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..data.files import replace_folder
+from ..data.files import plain_name, read_json, read_mark, replace_folder
 from ..deploy.folder import file_sum
 
+# What is read of state.json.
+_STATE = {
+    "step": int,
+    "groups": [{"params": [str], "lr": float}],
+    "scaler?": dict | None,
+    "sha256": {"weights.safetensors": str, "optimizer.safetensors": str, str: str},
+}
 # Whole tensors on the CPU of the first process, also of a model that is sharded over processes.
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
@@ -84,19 +91,21 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+    """All checkpoints, oldest first; they appear whole, but may have been damaged since."""
+    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file() or read_mark(path))
 
 
 def read_state(path: Path) -> dict[str, Any]:
     """Content of the state.json of a checkpoint; raises ValueError if one of its files is damaged or missing."""
     try:
-        content = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        content = read_json(path / "state.json", _STATE)
+        if path.name != _name(content["step"]):
+            raise ValueError(f"state.json is of step {content['step']}")
         for name, wanted in content["sha256"].items():
-            if file_sum(path / name) != wanted:
+            if file_sum(path / plain_name(name, "state.json")) != wanted:
                 raise ValueError(f"{name} is not what was written")
-        return {**content, "step": int(content["step"])}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return content
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 

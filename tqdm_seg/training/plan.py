@@ -122,7 +122,7 @@ def check_resumable(out: Path, now: dict[str, Any], phase: str | None, say: Call
         fix = "repeat what the run began with, or choose another --out"
         if changed.keys() <= {*PHASE_OPTIONS}:
             fix = "repeat what it was, or name a new phase by --phase NAME"
-        raise ValueError(f"cannot resume {out}: {'; '.join([*changed.values()][:3])}; {fix}")
+        raise ValueError(f"cannot resume: by {out / ARGS} {'; '.join([*changed.values()][:3])}; {fix}")
     if versions:
         say(f"other versions than at the start: {'; '.join(versions)}: the last digits may differ")
     return phases

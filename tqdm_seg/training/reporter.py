@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
-from ..data.files import replace_folder, write_file
+from ..data.files import read_json, replace_folder, write_file
 from ..data.frames import FrameDataset, PlainRows, frame_loader
 from ..deploy.folder import push_folder, save_model_folder
 from ..evaluation.evaluate import score_frames
@@ -64,11 +64,10 @@ class Reporter:
 
     def kept(self) -> dict[str, Any]:
         """ "miou" and "step" of the model in best/; -1 if there is none."""
-        path = self.options.out / "best" / "results.json"
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return {"miou": float(found["miou"] or 0), "step": int(found["step"])}
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(self.options.out / "best" / "results.json", {"miou": float | None, "step": int})
+            return {"miou": found["miou"] or 0.0, "step": found["step"]}
+        except (OSError, ValueError):
             return {"miou": -1.0, "step": -1}
 
     def finish(self) -> dict[str, object]:

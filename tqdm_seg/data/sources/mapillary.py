@@ -36,7 +36,7 @@ def labels_folder(part: Path) -> Path:
         )
     config = part.parent / "config.json"
     if not (part / "v1.2").is_dir() and config.is_file():
-        ids = len(read_json(config, ("labels",))["labels"])
+        ids = len(read_json(config, {"labels": list})["labels"])
         if ids != V1_2_IDS:
             raise ValueError(f"{config} names {ids} classes, v1.2 has {V1_2_IDS}; take the v1.2 labels")
     return first_folder(part, "v1.2/labels", "labels")
