@@ -209,7 +209,8 @@ def test_scenes_from_names_and_blocks_of_seconds(tmp_path):
     assert scenes == ["4s-000", "4s-000", "4s-001", "4s-002"]
     assert clusters_text(scenes) == "3 blocks of 4 s within one drive"
     assert clusters_text(["a/4s-000", "b/4s-000"]) == "2 blocks of 4 s within 2 drives"
-    assert clusters_text(["creek", "creek", "trail-3"]) == "2 scenes" and clusters_text([""]) == "one place, no scenes"
+    assert clusters_text(["creek", "creek", "trail-3"]) == "2 scenes" and clusters_text(["creek"]) == "one place"
+    assert clusters_text([""]) == "no scenes"
 
 
 def test_masks_of_0_and_255_with_two_names_are_refused_with_the_whole_class_file(tmp_path):

@@ -1,5 +1,6 @@
 """Every recipe: its commands pass the real parsers with the published values, its figures are those of the paper."""
 
+import importlib
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from tqdm_seg.evaluation.groups import read_attributes
 from tqdm_seg.evaluation.options import parse_set
 from tqdm_seg.layers_tqdm import TqdmBaseModel
 from tqdm_seg.program import parse
-from tqdm_seg.training.options import TrainOptions
+from tqdm_seg.training.options import AblateOptions, TrainOptions
 
 ROOT = Path(__file__).parent.parent
 RECIPES = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.sh"))}
@@ -352,3 +353,50 @@ def test_fsdp_wraps_what_the_model_must_not_split():
     variables = prepare_multi_gpu_env(args)
     assert variables["FSDP_VERSION"] == "2" and variables["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
     assert variables["FSDP_TRANSFORMER_CLS_TO_WRAP"].split(",") == TqdmBaseModel._no_split_modules
+
+
+# -- experiments ----------------------------------------------------------------------------------------
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "recipes").glob("e[0-9]*.py"))
+
+
+@pytest.fixture
+def experiment(request, monkeypatch) -> Any:
+    """The module of an experiment, as it is started in a folder of its own."""
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    return importlib.import_module(request.param)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, indirect=True)
+def test_experiments_prepare_what_they_use_and_choose_by_the_held_back_part_alone(experiment):
+    made = set()
+    for command in experiment.PREPARATION:
+        options = parse(named(COMMANDS[" ".join(command[:2])].options), None, command[2:])
+        made.add(str(options.out))
+    for command in experiment.ABLATIONS:
+        options = parse(AblateOptions, None, command)
+        assert options.eval_every_steps and options.eval_data is None and len(options.seeds) >= 3
+        used = {*options.data, *(parse_set(text).folder for text in options.test)}
+        assert used <= made and str(options.out).startswith("runs/")
+    assert {"Setting", "Chosen", "Data", "Cost", "Figures"} <= set(re.findall(r"^[A-Z]\w+", experiment.__doc__, re.M))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS, indirect=True)
+def test_a_dry_run_of_an_experiment_names_what_is_missing_and_makes_nothing(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert experiment.main(experiment.PREPARATION, experiment.ABLATIONS, ["--dry-run"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in said] == (
+        ["to do first"] * len(experiment.PREPARATION) + ["then"] * len(experiment.ABLATIONS)
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_experiment_prepares_and_ends_at_the_first_failure(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    main, calls = importlib.import_module("experiment").main, []
+    monkeypatch.setattr("tqdm_seg.cli.main", lambda words: calls.append(words[0]) or int(words[0] == "ablate"))
+    assert main([["prepare", "ycor", "--out", "x"]], [["--out", "a"], ["--out", "b"]], []) == 1
+    assert calls == ["prepare", "ablate"]

@@ -108,11 +108,11 @@ def time_block(name: str, first: int, seconds: int, scene: str = "") -> str:
 
 
 def clusters_text(scenes: Sequence[str]) -> str:
-    """What the scenes of a set are: '18 scenes', '14 blocks of 4 s within one drive', 'one place, no scenes'."""
+    """What the scenes of a set are: '18 scenes', '14 blocks of 4 s within one drive', 'one place', 'no scenes'."""
     names = sorted({*scenes} - {""})
     blocks = [match for name in names if (match := _BLOCK.fullmatch(name))]
     if names and len(blocks) == len(names):
         drives = len({match[1] for match in blocks})
         where = "one drive" if drives == 1 else f"{drives} drives"
         return f"{len(names)} block{'s' * (len(names) > 1)} of {blocks[0][2]} s within {where}"
-    return "one place, no scenes" if len(names) < 2 else f"{len(names)} scenes"
+    return f"{len(names)} scenes" if len(names) > 1 else "one place" if names else "no scenes"

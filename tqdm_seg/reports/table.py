@@ -229,7 +229,7 @@ def notes(table: dict[str, Any]) -> list[str]:
     """What the figures hold under, a sentence each."""
     found = []
     for name, facts in table["sets"].items():
-        alone = "; the interval is over seeds alone" if facts["scenes"].startswith("one place") else ""
+        alone = "; intervals are over seeds alone" if facts["scenes"] in ("one place", "no scenes") else ""
         found.append(f"{name}: {facts['frames']} frames, {facts['scenes']}{alone}.")
         if facts["left_out"]:
             found.append(f"{name}: in too few scenes, so left out of the mean: {', '.join(facts['left_out'])}.")

@@ -36,12 +36,15 @@ def scan(root: Path) -> tuple[list[Pair], Reading]:
 
 
 def hold_out_last(pairs: list[Pair], number: int) -> list[Pair]:
-    """The pairs, the last ones of train made validation; raises ValueError where none would be left to train on."""
+    """The pairs, the last ones of train made validation, which is one place, so one scene; no other scene is known.
+
+    Raises ValueError where none would be left to train on.
+    """
     train = [pair for pair in pairs if pair.split == "train"]
     if number >= len(train):
         raise ValueError(f"--hold-out-last {number} of {len(train)} frames leaves none to train on; hold out fewer")
     held = {pair.image for pair in train[len(train) - number :]}
-    return [pair._replace(split="validation") if pair.image in held else pair for pair in pairs]
+    return [pair._replace(split="validation", scene="held back") if pair.image in held else pair for pair in pairs]
 
 
 @takes(YcorOptions)

@@ -1,0 +1,32 @@
+"""E1: YCOR -> RUGD and ORFD, traversable or not
+
+Setting   trained on YCOR's first 837 frames, its last 94 (another place) held back; tested on RUGD (another country and
+          robot, 18 scenes) and on one snowy ORFD drive (blocks of 4 seconds within one drive). Traversable are trails;
+          the second command counts grass, too. All rows of the ablation, three seeds each
+Chosen    the steps of every run, by the held-back part; nothing else, and nothing by a test set
+Data      YCOR and RUGD may be measured on, not passed on: no frame of them and no weights from them leave the machine
+Cost      18 and 3 runs of 400 steps; the time is not measured
+Figures   not measured
+"""
+
+import sys
+
+from experiment import DATA, SEEDS, main, orfd, rugd, ycor
+
+TRAINING = ["--steps", "400", "--eval-every-steps", "50", *SEEDS]
+
+
+def ablation(choice: str, out: str, *more: str) -> list[str]:
+    """Trains on YCOR under one decision on what is traversable, tests on the others."""
+    tests = [f"rugd={DATA / f'rugd_{choice}'}:test", f"orfd={DATA / 'orfd_224'}:test"]
+    return ["--data", str(DATA / f"ycor_{choice}"), "--test", *tests, *TRAINING, *more, "--out", out]
+
+
+PREPARATION = [command(choice) for choice in ("trail_only", "with_grass") for command in (ycor, rugd)] + [orfd()]
+ABLATIONS = [
+    ablation("trail_only", "runs/e1_trail_only"),
+    ablation("with_grass", "runs/e1_with_grass", "--variants", "full"),
+]
+
+if __name__ == "__main__":
+    sys.exit(main(PREPARATION, ABLATIONS, sys.argv[1:]))
