@@ -156,6 +156,11 @@ def check_distinct(names: Sequence[Any], field: str) -> None:
         raise ValueError(f"{field}: class names must be distinct; rename {quote(doubled)}")
 
 
+def nearest(name: str, names: Collection[str], most: int = 4) -> list[str]:
+    """The names that are spelled most alike, for a message; the first ones where none is near."""
+    return difflib.get_close_matches(name, list(names), most, 0.5) or list(names)[:most]
+
+
 def listed(names: Collection[str], most: int = 4) -> str:
     """Some of the names, for a message."""
     shown = ", ".join(quote(name, 30) for name in list(names)[:most])
@@ -563,7 +568,7 @@ class TqdmConfig(PreTrainedConfig):
         check_distinct(known, "class_vectors")
         for text in texts:
             if text not in known:
-                near = difflib.get_close_matches(text, [*known, *words], 4, 0.5) or known[:4]
+                near = nearest(text, [*known, *words])
                 shown = (f"{name!r} (for {words[name]!r})" if name in words else repr(name) for name in near)
                 raise ValueError(
                     f"id2label: there is no class vector for {quote(text, 40)}; the nearest of {len(known)} names are "
@@ -791,4 +796,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 TqdmConfig.register_for_auto_class()
 
-__all__ = ["CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig", "listed", "quote"]
+__all__ = [
+    "CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig", "listed", "nearest", "quote",
+]  # fmt: skip

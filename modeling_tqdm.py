@@ -28,7 +28,7 @@ from transformers.utils import ModelOutput, can_return_tuple, is_tracing
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone_tqdm import TqdmVisionModel, VisionBlock
-from .configuration_tqdm import TqdmConfig, listed
+from .configuration_tqdm import TqdmConfig, listed, nearest
 from .decoder_tqdm import MaskDecoder, PixelDecoder
 from .layers_tqdm import (
     AttentionWeights,
@@ -189,8 +189,8 @@ class TqdmPreTrainedModel(TqdmBaseModel):
         new = [text for text, row in zip(config.query_texts, rows, strict=True) if row is None]
         if new and config.frozen_texts is not None:
             raise ValueError(
-                f"this model has no text tower for {listed(new)}, only {listed(self.config.query_texts)}; load the "
-                "model it was made from"
+                f"this model has no text tower for {listed(new)}; the nearest of its {len(self.config.query_texts)} "
+                f"texts are {listed(nearest(new[0], self.config.query_texts))}; load the model it was made from"
             )
         queries = [module for module in self.modules() if isinstance(module, TextualQueries)]
         tables = make_class_tables(self, rows)
