@@ -41,7 +41,7 @@ from .program import takes
 from .reports.runs import ABLATION, FRAME_FOLDER, read_ablation
 from .reports.table import as_markdown, make_table
 from .training.build import open_data
-from .training.options import HELD_BACK, RANDOM_TEXTS, VARIANTS, AblateOptions, TrainOptions
+from .training.options import HELD_BACK, RANDOM_TEXTS, REAL_TEXTS, VARIANTS, AblateOptions, TrainOptions
 from .training.sets import FrameSets
 
 # Options that may change from one start to the next: they add runs, or decide where these lie.
@@ -137,7 +137,7 @@ def run_options(options: AblateOptions, variant: str, **changes: Any) -> dict[st
 
 def random_texts(options: AblateOptions) -> Path:
     """A table of random class texts of the names, and the width, of the real one; written once."""
-    path, real = options.out / "random_texts.npz", read_class_vectors(options.class_vectors)
+    path, real = options.out / "random_texts.npz", read_class_vectors(options.class_vectors or REAL_TEXTS)
     if not path.is_file():
         vectors = np.random.default_rng(0).standard_normal(real.vectors.shape).astype(np.float32)
         content = io.BytesIO()

@@ -304,8 +304,8 @@ class Variant(NamedTuple):
     changes: dict[str, Any]
 
 
-# Stands for a table of random class texts, with the names of the real one.
-RANDOM_TEXTS = "random"
+# The table of class texts of an ablation without --class-vectors, and what stands for random ones of the same names.
+REAL_TEXTS, RANDOM_TEXTS = "clip_vit_b16", "random"
 VARIANTS = {
     "full": Variant("full model", {}),
     "no-text-attention": Variant("without text-to-pixel attention", {"no_text_attention": True}),
@@ -316,6 +316,9 @@ VARIANTS = {
     "no-textual": Variant("without the textual regulariser", {"textual_weight": 0.0}),
     "no-visual": Variant("without the visual regulariser", {"visual_weight": 0.0}),
     "no-score-map": Variant("without the score-map regulariser", {"score_map_weight": 0.0}),
+    "real-texts": Variant(
+        "vectors of CLIP as class texts", {"class_vectors": REAL_TEXTS, "centre_class_vectors": True}
+    ),
     "random-texts": Variant("random vectors as class texts", {"class_vectors": RANDOM_TEXTS}),
     "raw-texts": Variant("class texts as they are, not centred", {"centre_class_vectors": False}),
     "linear-head": Variant("linear class head", {"class_head": "linear"}),
@@ -374,8 +377,6 @@ class AblateOptions(TrainOptions):
             raise ValueError(f"--seeds {' '.join(map(str, self.seeds))} must be different numbers, 0 or more")
         if unknown := [name for name in self.variants if name not in VARIANTS]:
             raise ValueError(f"--variants: there is no {unknown[0][:60]!r}; choose among {', '.join(VARIANTS)}")
-        if "random-texts" in self.variants and self.class_vectors is None:
-            raise ValueError("--variants random-texts replaces the real ones; give them by --class-vectors")
         if HELD_BACK in {source.name.lower() for source in parse_sets(self.test or ())}:
             raise ValueError(f"--test: a set cannot be called {HELD_BACK}, as the held-back part is; rename it")
 
