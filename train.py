@@ -88,6 +88,8 @@ def train_once(options: TrainOptions) -> dict[str, object]:
     training, validation = open_data(options)
     for alarm in alarms(training, validation):
         accelerator.print(alarm)
+    if options.warmup_steps > options.steps:
+        accelerator.print(f"--warmup-steps {options.warmup_steps}: the run is shorter and never reaches --lr")
     net, processor = build_model(options, training.classes)
     check_sizes(options, net, processor, validation)
     # The teacher has the weights that the run starts from, not those of a checkpoint.

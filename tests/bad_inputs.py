@@ -1363,7 +1363,6 @@ def text_cases(root: Path) -> Iterator[Case]:
         "--vision lora --lora-rank 0",
         "--data /no/such",
         "--min-lr 1",
-        "--warmup-steps 9",
         "--no-index --class-names a,b --image-column nosuch",
         "--no-index --class-names a,b --label-column nosuch",
         "--no-index --class-names a",

@@ -45,8 +45,12 @@ SHARES = (0.0, 0.4, 0.8)
 SECONDS = 300
 # What grows as a program works, so that right after a kill it is not yet what it will be.
 GROWING = ("log.jsonl", "areas.json", ".tqdm-seg", "args.json")
+# Folder that holds the best model so far.
+BEST = "/best/"
 # Fields of log.jsonl and args.json that tell of time, memory and the start, not of the work.
 VARYING = ("samples_per_second", "memory_gb", "seconds_left", "resume")
+# Files of somebody else around the output.
+OTHERS = ("thesis.txt", "out.old/thesis.txt", "page.html.tmp/thesis.txt")
 CLASSES = {0: "non-traversable", 1: "traversable"}
 
 
@@ -178,20 +182,12 @@ def comparable(path: Path) -> bytes:
     return content
 
 
-def fill(folder: Path) -> dict[str, str]:
-    """Files of somebody else around the output; their checksums."""
-    for name in ("thesis.txt", "out.old/thesis.txt", "page.html.tmp/thesis.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("years of work")
-    return snapshot(folder)
-
-
 def half_written(folder: Path, expected: dict[str, str], unstable: set[str]) -> list[str]:
     """Files with a final name, right after a kill, that are not what an undisturbed run writes."""
     wrong = []
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and path.name not in GROWING and name not in unstable and name in expected:
+        if path.is_file() and path.name not in GROWING and BEST not in name and name in expected.keys() - unstable:
             wrong += [f"half-written {name}"] * (sha256(comparable(path)).hexdigest() != expected[name])
     return wrong
 
@@ -211,13 +207,11 @@ class Bench:
     """Trials of one program in one folder, whose path is the same in all of them."""
 
     def __init__(self, name: str, program: Program, root: Path):
-        self.name, self.program, self.root = name, program, root
-        self.work, self.log = root / "work", root / "said.txt"
+        self.program, self.work, self.log = program, root / "work", root / "said.txt"
         self.lost: list[str] = []
-        self.fresh()
         runs = []
         for _ in range(2):
-            self.others = self.fresh()
+            self.fresh()
             began = time.monotonic()
             status = run(program.line, self.work, self.log)
             assert status in (0, 3), f"{name} ended with {status}: {self.said()}"  # 3: the audit found leaks
@@ -227,18 +221,20 @@ class Bench:
         self.expected = runs[1]
         self.unstable = {path for path in runs[0] if runs[0][path] != runs[1][path]}
         sizes = (path.stat().st_size for path in self.work.rglob("*") if path.is_file())
-        self.pages = sum(-(-size // PAGE) for size in sizes) - len(self.others)
+        self.pages = sum(-(-size // PAGE) for size in sizes) - len(OTHERS)
 
     def said(self) -> str:
         """The end of what the program last said."""
         return self.log.read_text(errors="replace")[-600:]
 
-    def fresh(self) -> dict[str, str]:
+    def fresh(self) -> None:
         """An empty folder with the files of others."""
         if not os.path.ismount(self.work):
             shutil.rmtree(self.work, ignore_errors=True)
             self.work.mkdir()
-        return fill(self.work)
+        for name in OTHERS:
+            (self.work / name).parent.mkdir(parents=True, exist_ok=True)
+            (self.work / name).write_text("years of work")
 
     def kill(self, seconds: float) -> bool:
         """Kills the program after some time and starts it again; False if it had ended before, which is no kill."""
@@ -259,7 +255,7 @@ class Bench:
 
     def disk(self, share: float) -> str:
         """Runs the program on a small disk, then once more with room; what it did on the small one."""
-        with tmpfs(self.work, int(share * self.pages) + 4) as resize:
+        with tmpfs(self.work, int(share * self.pages) + len(OTHERS)) as resize:
             self.fresh()
             status = run(self.program.line, self.work, self.log)
             lines = [line for line in self.said().splitlines() if line.startswith("error: ")]

@@ -137,6 +137,19 @@ def test_a_kill_between_the_renames_loses_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_the_next_start_ends_a_replacement_that_was_killed_inside_a_folder(tmp_path, there):
+    """What a training replaces (best/, model/) may not be replaced again by the run that goes on."""
+    write_mark(fill(tmp_path / "run"), "train")
+    best = make(tmp_path / "run" / "best", a="1")
+    best.rename(best.with_name(".tqdm-seg.old.best"))
+    if there:
+        make(best.with_name("made"), a="2").rename(best)
+    claim_folder(tmp_path / "run", "train")
+    assert (best / "a").read_text() == ("2" if there else "1")
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == ["best"]
+
+
 def test_move_folder_keeps_folders_of_others(tmp_path):
     new, theirs = make(tmp_path / "new", a="1"), fill(tmp_path / "theirs", thesis="years")
     with pytest.raises(FileExistsError):

@@ -260,6 +260,8 @@ def test_checkpoints_that_a_kill_left_are_pruned_at_the_start(finished, argument
     shutil.copytree(finished[0], tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     shutil.copytree(folder / "step_0000004", folder / "step_0000002")
+    shutil.copytree(folder / "step_0000004", folder / "step_0000001")
+    (folder / "step_0000001" / "state.json").unlink()  # killed as it was deleted
     call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
     assert sorted(path.name for path in folder.iterdir()) == ["step_0000004", "step_0000006"]
 

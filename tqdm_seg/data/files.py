@@ -220,7 +220,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def claim_folder(folder: Path, program: str) -> None:
-    """Makes the folder if need be, marks it, and removes what a killed program left in it.
+    """Makes the folder if need be, marks it, and ends or removes what a killed program left in it.
 
     For folders that fill up step by step. Raises as `check_out_folder`.
     """
@@ -232,6 +232,8 @@ def claim_folder(folder: Path, program: str) -> None:
             remove_folder(path)
         elif path.exists():
             path.unlink()
+    for path in sorted(folder.rglob(_OLD + "*")):
+        restore_folder(path.with_name(path.name.removeprefix(_OLD)))
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:

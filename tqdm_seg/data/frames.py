@@ -163,7 +163,9 @@ class PlainRows:
         try:
             labels = self._ids.labels(label)
         except ValueError as error:
-            raise ValueError(f"label of {key} in {self.source} {error}") from error
+            raise ValueError(
+                f"label of {key} in {self.source} {error}; --class-names gives {len(self.classes)} names in id order"
+            ) from error
         if pixels.shape[:2] != labels.shape:
             raise ValueError(
                 f"label of {key} in {self.source} is {labels.shape[1]}x{labels.shape[0]}, its image "

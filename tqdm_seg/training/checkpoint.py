@@ -9,7 +9,6 @@ They hold no state of a random generator: every draw derives from the seed and t
 """
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..data.files import plain_name, read_json, read_mark, replace_folder
+from ..data.files import plain_name, read_json, read_mark, remove_folder, replace_folder
 from ..deploy.folder import file_sum
 
 # What is read of state.json.
@@ -76,9 +75,14 @@ def write_checkpoint(
 
 
 def prune(folder: Path, step: int, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints of at most `step` steps; later ones are written again."""
-    for old in [path for path in checkpoints(folder) if path.name <= _name(step)][:-keep]:
-        shutil.rmtree(old)
+    """Deletes all but the newest `keep` checkpoints of at most `step` steps; later ones are written again.
+
+    What is left of one whose deletion was killed goes, too.
+    """
+    kept = [path for path in checkpoints(folder) if path.name <= _name(step)][-keep:]
+    for path in sorted(folder.glob("step_*")):
+        if path.name <= _name(step) and path not in kept and read_mark(path) is not None:
+            remove_folder(path)
 
 
 def _name(step: int) -> str:
