@@ -38,7 +38,8 @@ _KNOWN_TOKEN_IDS = {
 # ---- one check of values, by field
 
 
-LARGEST = 10_000_000  # of sizes and counts: above it, a number is a slip
+LARGEST, DEEPEST = 10_000_000, 1000  # of sizes and counts, and of layers: above it, a number is a slip
+LONGEST_NAME = 200
 
 
 def quote(value: Any, length: int = 60) -> str:
@@ -50,10 +51,10 @@ def quote(value: Any, length: int = 60) -> str:
 def check_numbers(config: PreTrainedConfig, whole: str = "", positive: str = "", not_negative: str = "") -> None:
     """Raises ValueError, naming the field, unless its number is finite and in range; arguments are names in a row.
 
-    whole: integers from 1 to `LARGEST`.
+    whole: integers from 1 to `LARGEST`, and of layers to `DEEPEST`.
     """
     kinds = [
-        (whole, f"a whole number from 1 to {LARGEST}"),
+        (whole, f"a whole number from 1 to {LARGEST}, of layers to {DEEPEST}"),
         (positive, "a number above 0"),
         (not_negative, "a number from 0 on"),
     ]
@@ -61,7 +62,8 @@ def check_numbers(config: PreTrainedConfig, whole: str = "", positive: str = "",
         for name in names.split():
             value = getattr(config, name)
             fits = not isinstance(value, bool) and math.isfinite(value) and value >= 0
-            if not fits or (value == 0 and names != not_negative) or (value > LARGEST and names == whole):
+            most = math.inf if names != whole else DEEPEST if name.endswith("_layers") else LARGEST
+            if not fits or (value == 0 and names != not_negative) or value > most:
                 raise ValueError(f"{config.model_type} configuration: {name} is {quote(value)} and must be {kind}")
 
 
@@ -106,6 +108,10 @@ def plain_errors(config_class: type) -> type:
         def wrapped(self: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
             try:
                 method(self, *args, **kwargs)
+            except (AttributeError, TypeError) as error:  # of values that the library does not look at
+                raise ValueError(
+                    f"{type(self).__name__} is given a value of a wrong type: {quote(error, 150)}"
+                ) from error
             except StrictDataclassError as error:
                 message = str(error.__cause__)
                 if method.__name__.endswith("setattr__"):
@@ -145,12 +151,16 @@ def check_names(id2label: Any) -> dict[int, str]:
 
 
 def check_distinct(names: Sequence[Any], field: str) -> None:
-    """Raises ValueError for names that are no text, empty, doubled, or hold control characters."""
+    """Raises ValueError for names that are no text, empty, doubled, too long, or hold invisible characters."""
     for name in names:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{field}: class names must be distinct and not empty texts; {quote(name)} is none")
-        if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in name):
-            raise ValueError(f"{field}: the class name {quote(name)} holds control characters; remove them")
+        if any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") for letter in name):
+            raise ValueError(
+                f"{field}: the class name {quote(name)} holds control or invisible characters; remove them"
+            )
+        if len(name) > LONGEST_NAME:
+            raise ValueError(f"{field}: the class name {quote(name)} is longer than {LONGEST_NAME} letters; shorten it")
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise ValueError(f"{field}: class names must be distinct; rename {quote(doubled)}")
@@ -620,6 +630,8 @@ class TqdmConfig(PreTrainedConfig):
             raise ValueError('id2label is None and must be {0: "first class", 1: "second class", ...}')
         names = check_names(self.id2label)
         label2id = {name: index for index, name in names.items()}
+        if not isinstance(self.label2id, dict | None):
+            raise ValueError(f"label2id is {quote(self.label2id)}; leave it out, it follows from id2label")
         if self.label2id in (None, {}, {name: row for row, name in enumerate(self.row_names)}):
             self.label2id = label2id  # single names of id2label were edited
         if {name: int(index) for name, index in self.label2id.items()} != label2id:
@@ -633,6 +645,8 @@ class TqdmConfig(PreTrainedConfig):
         self.label2id = label2id
         check_distinct(self.query_texts, "query_texts")
         check_distinct(self.row_names, "display_names")
+        if stray := [text for text in self.display_names or {} if text not in self.query_texts]:
+            raise ValueError(f"display_names: no query text is {listed(stray)}, only {listed(self.query_texts)}")
         if self.frozen_texts is not None and not {*self.query_texts} <= {*self.frozen_texts}:
             raise ValueError(
                 f"frozen_texts are {quote(self.frozen_texts)} and must hold the query texts {listed(self.query_texts)}"
@@ -642,11 +656,7 @@ class TqdmConfig(PreTrainedConfig):
             end = self.text_config.eos_token_id  # the largest one, by which the text tower finds the end
             if not all(0 <= index <= end for index in ids):
                 raise ValueError(f"token_ids of {quote(text)} are {quote(ids)} and must be ids from 0 to {end}")
-        if 0 <= self.ignore_index < len(names):
-            raise ValueError(
-                f"ignore_index {self.ignore_index} is the class {quote(names[self.ignore_index])}; choose one that is "
-                "no class, such as -100"
-            )
+        self.check_losses()
 
     def check_vectors(self):
         """Raises ValueError for class vectors that do not fit the other fields."""
@@ -660,6 +670,26 @@ class TqdmConfig(PreTrainedConfig):
                     f'{name} is {quote(getattr(self, name))} and queries is "{self.queries}", which uses no table; set '
                     'queries="vectors", or leave it out'
                 )
+
+    def check_losses(self):
+        """Raises ValueError for numbers that losses cannot be computed with."""
+        check_numbers(
+            self,
+            "num_points",
+            "no_object_weight score_map_temperature",
+            "class_loss_weight mask_loss_weight dice_loss_weight textual_loss_weight visual_loss_weight "
+            "score_map_loss_weight",
+        )
+        if not 0 <= self.importance_sample_ratio <= 1 or not 1 <= self.oversample_ratio < math.inf:
+            raise ValueError(
+                f"importance_sample_ratio {self.importance_sample_ratio} must lie between 0 and 1, and "
+                f"oversample_ratio {self.oversample_ratio} be at least 1"
+            )
+        if 0 <= self.ignore_index < self.num_labels:
+            raise ValueError(
+                f"ignore_index {self.ignore_index} is the class {quote(self.id2label[self.ignore_index])}; choose one "
+                "that is no class, such as -100"
+            )
 
     def check_windows(self):
         """Raises ValueError for windows that leave gaps or hold no image."""
@@ -679,10 +709,8 @@ class TqdmConfig(PreTrainedConfig):
             self,
             "hidden_size group_norm_groups context_decoder_hidden_size context_decoder_layers context_decoder_heads "
             "pixel_decoder_layers pixel_decoder_heads pixel_decoder_points pixel_decoder_ffn_dim mask_decoder_layers "
-            "mask_decoder_heads mask_decoder_ffn_dim num_points",
-            "layer_norm_eps no_object_weight score_map_temperature",
-            "class_loss_weight mask_loss_weight dice_loss_weight textual_loss_weight visual_loss_weight "
-            "score_map_loss_weight oversample_ratio importance_sample_ratio",
+            "mask_decoder_heads mask_decoder_ffn_dim",
+            "layer_norm_eps",
         )
         check_shares(self, "context_decoder_dropout")
         self.check_windows()
@@ -706,11 +734,6 @@ class TqdmConfig(PreTrainedConfig):
             )
         if self.reference_prompt.count("{class}") != 1:
             raise ValueError(f"reference_prompt {quote(self.reference_prompt)} must hold {{class}} exactly once")
-        if not 0 <= self.importance_sample_ratio <= 1 or self.oversample_ratio < 1:
-            raise ValueError(
-                f"importance_sample_ratio {self.importance_sample_ratio} must lie between 0 and 1, and "
-                f"oversample_ratio {self.oversample_ratio} be at least 1"
-            )
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "TqdmConfig":

@@ -38,9 +38,11 @@ def check_images(pixel_values: Any, channels: int) -> None:
     """
     if not isinstance(pixel_values, Tensor):
         came = f"a {type(pixel_values).__name__}"
+    elif pixel_values.is_nested or pixel_values.layout is not torch.strided:
+        came = "a nested or sparse tensor"
     elif pixel_values.dim() != 4 or pixel_values.shape[1] != channels or not pixel_values.numel():
         came = f"a tensor {tuple(pixel_values.shape)}"
-    elif not pixel_values.is_floating_point():
+    elif pixel_values.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         came = f"a tensor of {pixel_values.dtype}"
     elif pixel_values.is_cpu and not is_tracing(pixel_values) and not pixel_values.isfinite().all():
         came = "NaN or inf"

@@ -44,7 +44,11 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
 
     On a GPU an assertion on the device checks the ids, so that the host does not wait.
     """
-    if not isinstance(labels, Tensor) or labels.dtype == torch.bool or labels.is_floating_point():
+    if (
+        not isinstance(labels, Tensor)
+        or labels.dtype.is_floating_point
+        or labels.dtype in (torch.bool, torch.complex64)
+    ):
         came = f"of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise ValueError(f"labels are {came} and must be a tensor of class ids, of any integer type")
     labels = labels.long()
@@ -66,10 +70,21 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
 
 
 def check_embedding(name: str, value: Tensor | None, expected: Tensor) -> None:
-    """Raises ValueError unless the embedding, where there is one, has the shape of `expected`."""
-    if value is not None and (not isinstance(value, Tensor) or value.shape != expected.shape):
-        came = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"{name} is {came} and must be a tensor {tuple(expected.shape)}")
+    """Raises ValueError unless the embedding, where there is one, has the shape of `expected`, and finite numbers."""
+    if value is None:
+        return
+    if not isinstance(value, Tensor) or value.shape != expected.shape or not value.is_floating_point():
+        came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} is {came} and must be a float tensor {tuple(expected.shape)}")
+    if value.is_cpu and not torch.compiler.is_compiling() and not value.isfinite().all():
+        raise ValueError(f"{name} holds NaN or inf; check the weights of the teacher that made it")
+
+
+def check_seeds(seeds: Tensor | None, batch: int) -> None:
+    """Raises ValueError unless the seeds, where there are any, are one int32 per image."""
+    if seeds is not None and not (isinstance(seeds, Tensor) and seeds.dtype == torch.int32 and seeds.shape == (batch,)):
+        came = f"{tuple(seeds.shape)} {seeds.dtype}" if isinstance(seeds, Tensor) else f"a {type(seeds).__name__}"
+        raise ValueError(f"sample_seeds is {came} and must be a tensor ({batch},) of int32, one per image")
 
 
 def check_mask_index(mask_index: Tensor, batch: int, num_classes: int) -> None:

@@ -44,6 +44,7 @@ from .loss_tqdm import (
     check_embedding,
     check_labels,
     check_mask_index,
+    check_seeds,
     choose_points,
     class_loss,
     count_losses,
@@ -475,6 +476,13 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
         check_embedding("reference_image_embedding", reference_image_embedding, outputs.image_embedding)
         check_embedding("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0])
         check_mask_index(mask_index, len(labels), config.num_labels)
+        check_seeds(sample_seeds, len(labels))
+        if not torch.compiler.is_compiling():
+            config.check_losses()
+        if not isinstance(loss_counts, (LossCounts, type(None))):
+            raise ValueError(
+                f"loss_counts is a {type(loss_counts).__name__} and must be LossCounts, see count_losses()"
+            )
         counts = loss_counts
         if counts is None:
             counts = count_losses(

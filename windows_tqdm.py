@@ -170,7 +170,7 @@ class Segmenter:
         does; the scores are sums of probabilities already, so this only flattens their differences.
         Raises ValueError in training mode, and, naming the argument, for views that are no images of one batch.
         """
-        views = self._check_views(views, size)
+        views = self._check_views(views, size, flip=flip, softmax_views=softmax_views)
         size = views[0].shape[-2:] if size is None else size
         score = self.window_scorer()
 
@@ -188,7 +188,7 @@ class Segmenter:
         softmax_views: bool = False,
     ) -> Tensor:
         """Class ids (B, h, w) int64; arguments as in `segment`."""
-        views = self._check_views(views, size)
+        views = self._check_views(views, size, flip=flip, softmax_views=softmax_views)
         view = views[0]
         plain = len(views) == 1 and not flip and not softmax_views and size in (None, tuple(view.shape[-2:]))
         # On CPUs argmax over the classes would take four times as long as max.
@@ -204,7 +204,7 @@ class Segmenter:
         )  # fmt: skip
         return torch.cat([strip.max(1).indices for strip in strips], along)
 
-    def _check_views(self, views: Any, size: Any) -> list[Tensor]:
+    def _check_views(self, views: Any, size: Any, **switches: Any) -> list[Tensor]:
         """The views as a list, with the arguments checked; windows of other settings than these would be gaps."""
         if self.training:
             raise ValueError("segment() predicts, which training mode would disturb; call model.eval() first")
@@ -223,9 +223,12 @@ class Segmenter:
         if size is not None and not (
             isinstance(size, list | tuple)
             and len(size) == 2
-            and all(isinstance(side, int) and side > 0 for side in size)
+            and all(type(side) is int and 0 < side <= 100_000 for side in size)
         ):
-            raise ValueError(f"size is {quote(size)} and must be (height, width) in pixels")
+            raise ValueError(f"size is {quote(size)} and must be (height, width) in pixels, 1 to 100000")
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {quote(value)} and must be True or False")
         self.config.check_windows()
         check_names(self.config)
         warn_untrained(self.config)
