@@ -758,22 +758,20 @@ def _display_names(texts: list[str], names: list[str]) -> dict[str, str] | None:
 
 @functools.cache
 def _tokenizer() -> Any:
-    """CLIP's byte-pair encoder; making it reads its vocabulary."""
-    from open_clip.tokenizer import SimpleTokenizer  # here, for importing it takes seconds
-
+    """CLIP's byte-pair encoder; making it reads its vocabulary. Raises ImportError without open_clip."""
+    try:  # an import outside of `try` is required of every user of a folder with this file
+        from open_clip.tokenizer import SimpleTokenizer  # here, for importing it takes seconds
+    except ImportError as error:
+        raise ImportError(
+            "new class names need the CLIP tokeniser, which is missing: pip install open_clip_torch (once; a saved "
+            "model keeps the ids)"
+        ) from error
     return SimpleTokenizer()
 
 
 def _encode(texts: list[str]) -> list[list[int]]:
     """CLIP byte-pair ids of texts, without start and end token."""
-    try:
-        tokenizer = _tokenizer()
-    except ImportError as error:
-        raise ImportError(
-            f"this configuration has no token ids for {texts}, and the CLIP tokeniser that makes them is missing: "
-            "pip install open_clip_torch (once; a saved model keeps the ids)"
-        ) from error
-    return [tokenizer.encode(text) for text in texts]
+    return [_tokenizer().encode(text) for text in texts]
 
 
 # Differences from the defaults of the classes above.
