@@ -551,6 +551,19 @@ def test_class_sets_are_means_of_the_same_counts(capsys, pair):
     assert "over 13 of 19 classes" in run(capsys, *pair(*tables), "--class-set", "synthia-13", "--anyway")
 
 
+def test_runs_of_other_class_lists_are_compared_over_their_common_classes(capsys, pair):
+    first, second = random_table(0), random_table(1)
+    second = second.restricted(["class 2", "Class 0"])
+    assert "--class-set common" in refusal(capsys, *pair(first, second))
+    printed = run(capsys, *pair(first, second), "--class-set", "common")
+    assert "over 2 classes" in printed and "the classes class 1, class 3." in printed
+    kept = first.restricted(["class 0", "class 2"])
+    assert kept.counts[:, 0].tolist() == [
+        [row[0][0], row[0][2], row[0][1] + row[0][3] + row[0][4]] for row in first.counts
+    ]
+    assert f"| **{slow_miou(kept, list(range(40))):.4f}** |" in printed
+
+
 def wide_table(seed: int) -> FrameTable:
     """Counts of four frames of 19 classes."""
     counts = np.random.default_rng(seed).integers(1, 100, (4, 19, 20))

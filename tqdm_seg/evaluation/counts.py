@@ -38,7 +38,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from ..data.files import cut, parse_json, write_file
-from .class_sets import class_set
+from .class_sets import class_set, renumbering
 
 # Ground truth and prediction, as in 0-1 and 0-none.
 _CELL = re.compile(r"(0|[1-9]\d*)-(0|[1-9]\d*|none)")
@@ -80,6 +80,19 @@ class FrameTable:
         return replace(
             self, protocol=facts | ({"class_set": {"name": text, "classes": list(chosen)}} if chosen else {})
         )
+
+    def restricted(self, names: Sequence[str]) -> "FrameTable":
+        """The counts of some of the classes: without the pixels of others, which are no class where predicted."""
+        numbers = renumbering(self.classes, names)[: len(self.classes)].tolist()
+        order = [numbers.index(number) for number in range(len(names))]
+        rows = self.counts[:, order]
+        kept = rows[:, :, order]
+        counts = np.concatenate([kept, (rows.sum(-1) - kept.sum(-1))[..., None]], -1)
+        facts = {name: value for name, value in self.protocol.items() if name != "class_set"}
+        if "labels" in facts:
+            labels = {name: value for name, value in facts["labels"].items() if name != "left_out"}
+            facts["labels"] = labels | {"classes": {str(number): name for number, name in enumerate(names)}}
+        return replace(self, counts=counts, classes=list(names), protocol=facts)
 
     def __post_init__(self):
         rows, classes = len(self.frames), len(self.classes)

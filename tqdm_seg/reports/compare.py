@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ..data.files import check_out_file, cut, write_file
 from ..data.scenes import scene_identity
+from ..evaluation.class_sets import COMMON
 from ..evaluation.counts import FrameTable, read_table
 from ..evaluation.groups import read_attributes, read_text
 from ..program import takes
@@ -25,6 +26,7 @@ from .comparison import (
     compare_tables,
     identities,
     list_groups,
+    match_tables,
     with_class_set,
 )
 from .comparison_text import as_csv, as_json, as_markdown, say
@@ -121,6 +123,9 @@ def read_and_compare(options: CompareOptions) -> Comparison:
     if leaked is not None:
         found = ", ".join(sorted(leaked & all_scenes(tables)))
         notes.append(Message("Leaked scenes: {scenes}.", {"scenes": found or "-"}))
+    if options.class_set == COMMON:
+        tables, left_out = match_tables(tables)
+        notes += left_out
     tables = with_class_set(tables, options.class_set)
     of_scene = read_attributes(options.attributes) if options.attributes else None
     of_scene = of_scene and {renamed.get(scene, scene): values for scene, values in of_scene.items()}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..data.scenes import scene_identity
-from ..evaluation.class_sets import COMMON, members
+from ..evaluation.class_sets import COMMON, common_classes, members
 from ..evaluation.counts import FrameTable
 from ..evaluation.groups import ATTRIBUTES, NOT_GIVEN, flatten
 from ..evaluation.metrics import class_iou, group_sums
@@ -204,8 +204,24 @@ def class_names(tables: Sequence[FrameTable]) -> list[str]:
     """Names of the classes, from the table that has them; raises ValueError for different numbers of classes."""
     a, b = tables
     if len(a.classes) != len(b.classes):
-        raise ValueError(f"{len(a.classes)} and {len(b.classes)} classes cannot be compared; evaluate both alike")
+        raise ValueError(
+            f"{len(a.classes)} and {len(b.classes)} classes cannot be compared; evaluate both alike, or give "
+            f"--class-set {COMMON}"
+        )
     return a.classes if has_names(a) else b.classes
+
+
+def match_tables(tables: Sequence[FrameTable]) -> tuple[list[FrameTable], list[Message]]:
+    """Tables of other class lists with the classes that both name alone, and what was left out."""
+    a, b = tables
+    if a.classes == b.classes or not (has_names(a) and has_names(b)):
+        return list(tables), []
+    names = common_classes(a.classes, b.classes)
+    if not names:
+        raise ValueError(f"--class-set {COMMON}: the tables name no class in common; evaluate both on one set of data")
+    others = [name for name in (*a.classes, *b.classes) if not common_classes([name], names)]
+    note = Message("Left out, as only one run has them, are the classes {classes}.", {"classes": ", ".join(others)})
+    return [table.restricted(names) for table in tables], [note] if others else []
 
 
 def with_class_set(tables: Sequence[FrameTable], chosen: str | None) -> list[FrameTable]:

@@ -70,6 +70,7 @@ CHINESE = {
     INTERVAL: "总体差异的 95 % 区间：{low} 至 {high}（{scenes} 个场景配对自助法，{resamples} 次重采样，种子 {seed}）。",
     "Scenes left out because they are not in {file}: {count}.": "不在 {file} 内而略去的场景：{count} 个。",
     "Leaked scenes: {scenes}.": "泄漏场景：{scenes}。",
+    "Left out, as only one run has them, are the classes {classes}.": "仅一方有而略去的类别：{classes}。",
     "No table states its protocol: the runs may have been scored differently.": (
         "两个表均未注明评测协议：两者的评测方式可能不同。"
     ),
