@@ -108,6 +108,38 @@ def test_a_dry_run_and_a_refused_start_leave_nothing(start, data, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+def test_models_with_an_open_class_list_are_tested_under_other_names(tmp_path, capsys):
+    """Words of the table in training, others at the test; a linear head is not asked for names that it never saw."""
+    for name, classes, splits in (
+        ("trained", "road\ntree\nsky-other\n", {"train": ["0", "1"], "val": ["0"]}),
+        ("met", "asphalt\nbush\nwater\n", {"test": ["a/0", "b/0", "c/0"]}),
+    ):
+        frames(tmp_path / name, **splits)
+        (tmp_path / f"{name}.txt").write_text(classes)
+        folders = [tmp_path / name / "images", tmp_path / name / "set", tmp_path / name / "masks"]
+        prepare("folder", *folders, "--class-file", tmp_path / f"{name}.txt")
+    line = "--steps 1 --batch-size 2 --crop 32 --warmup-steps 1 --min-pixels 50 --seeds 0 --class-vectors clip_vit_b16"
+    where = [
+        "--data",
+        tmp_path / "trained/set",
+        "--test",
+        f"met={tmp_path / 'met/set'}:test",
+        "--out",
+        tmp_path / "out",
+    ]
+    with pytest.raises(ValueError, match="--test met has the classes asphalt, bush, water.*--class-head cosine"):
+        call("ablate", *line.split(), *where)
+    found = call(
+        "ablate", *line.split(), *where, "--class-head", "cosine", "--variants", "full,random-texts,linear-head"
+    )
+    rows = {row["name"]: row["sets"] for row in found["figures"]["rows"]}
+    assert set(rows["linear class head"]) == {"held_back"} and set(rows["full model"]) == {"held_back", "met"}
+    assert set(rows["random vectors as class texts"]["met"]["iou"]) == {"asphalt", "bush", "water"}
+    table = read_table(tmp_path / "out/frames/met/constant_answer.parquet")
+    assert table.counts[..., :3].sum((0, 1)).nonzero()[0].tolist() == [0]  # road is asphalt's word
+
+
 # -- one table ------------------------------------------------------------------------------------------
 
 
