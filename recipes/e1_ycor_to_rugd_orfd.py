@@ -15,7 +15,7 @@ from experiment import DATA, SEEDS, main, orfd, rugd, ycor
 
 PARTS = "full,no-text-attention,random-queries,no-textual,no-visual,no-score-map"
 TEXTS = "real-texts,random-texts,cosine-head"  # traversable has the vector of "road", non-traversable of "plant-other"
-TRAINING = ["--steps", "400", "--eval-every-steps", "50", *SEEDS]
+TRAINING = ["--steps", "400", "--eval-every-steps", "100", *SEEDS]
 
 
 def ablation(choice: str, out: str, *more: str) -> list[str]:

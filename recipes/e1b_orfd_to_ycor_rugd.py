@@ -17,7 +17,7 @@ ORFD = orfd(*HELD_BACK, parts=("test/images", "test/masks"), name="orfd_224_spli
 PREPARATION = [ORFD, ycor("trail_only"), rugd("trail_only")]
 TESTS = [f"ycor={DATA / 'ycor_trail_only'}:train", f"rugd={DATA / 'rugd_trail_only'}:test"]
 ABLATIONS = [
-    ["--data", str(DATA / "orfd_224_split"), "--test", *TESTS, "--steps", "400", "--eval-every-steps", "50", *SEEDS,
+    ["--data", str(DATA / "orfd_224_split"), "--test", *TESTS, "--steps", "400", "--eval-every-steps", "100", *SEEDS,
      "--variants", "full", "--out", "runs/e1b"],
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ TEXTS = ["--class-vectors", "clip_vit_b16", "--centre-class-vectors", "--class-h
 VARIANTS = "full,random-texts,raw-texts,no-text-attention,no-textual,no-visual,no-score-map"
 ABLATIONS = [
     ["--data", str(DATA / "ycor_words"), "--test", f"rugd={DATA / 'rugd_words'}:test", *TEXTS, "--steps", "400",
-     "--eval-every-steps", "50", *SEEDS, "--variants", VARIANTS, "--out", "runs/e2"],
+     "--eval-every-steps", "100", *SEEDS, "--variants", VARIANTS, "--out", "runs/e2"],
 ]  # fmt: skip
 
 if __name__ == "__main__":

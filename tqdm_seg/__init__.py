@@ -1,6 +1,7 @@
 """tqdm, the Textual Query-Driven Mask Transformer, and everything around it.
 
-    tqdm_seg.train(data=..., out=...)      and predict, evaluate, compare, report, convert, export, check, audit, ablate
+    tqdm_seg.train(data=..., out=...)      and predict, evaluate, compare, table, report, convert, export, check, audit
+    tqdm_seg.ablate(data=..., test=...)    trains variants and seeds, tests them anywhere
     tqdm_seg.prepare_gta5(root=..., out=...)   and prepare_ of acdc, bdd100k, cityscapes, folder, mapillary, orfd, ...
     tqdm_seg.TqdmForSemanticSegmentation   and TqdmConfig, TqdmImageProcessor
 

@@ -267,7 +267,7 @@ def training_text(options: AblateOptions, training: list[FrameDataset], steps: d
     images, seeds = options.batch_size * options.accumulation, ", ".join(map(str, options.seeds))
     return (
         f"Trained on {data}, from {options.model}: {options.steps} steps of {images} images, crop {options.crop}, rate "
-        f"{options.lr:g}; seeds {seeds}. Steps: {chosen}."
+        f"{options.lr:g}; seeds {seeds}. Steps: {chosen}. Each of the {len(steps)} runs was tested once on every set."
     )
 
 
