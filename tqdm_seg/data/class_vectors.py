@@ -83,6 +83,6 @@ def _shipped() -> str:
 
 
 def class_words() -> dict[str, str]:
-    """What a table of COCO-Stuff's names calls the classes of RUGD, YCOR and Cityscapes; see class_words.json."""
+    """What a table of COCO-Stuff's names calls the classes of RUGD, YCOR, Cityscapes and ORFD; see class_words.json."""
     datasets = read_json(LISTS / "class_words.json", {"words": dict})["words"]
     return {name: word for words in datasets.values() for name, word in words.items()}
