@@ -101,10 +101,14 @@ def test_a_dry_run_and_a_refused_start_leave_nothing(start, data, tmp_path, caps
     other = tmp_path / "other"
     save(other / "images/test/0.png", blocks(0))
     save(other / "masks/test/0.png", np.zeros((40, 48)))
-    (other / "classes.txt").write_text("mud\n")
+    (other / "classes.txt").write_text("mud\nice\n")
     prepare("folder", other / "images", other / "set", other / "masks", "--class-file", other / "classes.txt")
-    with pytest.raises(ValueError, match="--test mud has the classes mud, the training road"):
+    with pytest.raises(ValueError, match="--test mud has the classes mud, ice, the training road"):
         call("ablate", *arguments(start, data, tmp_path / "out", "--test", f"mud={other / 'set'}:test"))
+    with pytest.raises(FileNotFoundError, match="--model nosuch is no preset"):
+        call("ablate", *arguments("nosuch", data, tmp_path / "out"))
+    with pytest.raises(ValueError, match="--crop 8 is under two patches"):
+        call("ablate", *arguments(start, data, tmp_path / "out", "--crop", 8))
     assert not (tmp_path / "out").exists()
 
 

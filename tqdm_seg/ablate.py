@@ -40,7 +40,7 @@ from .evaluation.statistics import RESAMPLES
 from .program import takes
 from .reports.runs import ABLATION, FRAME_FOLDER, read_ablation
 from .reports.table import as_markdown, make_table
-from .training.build import open_data
+from .training.build import build_model, check_sizes, open_data
 from .training.options import HELD_BACK, RANDOM_TEXTS, REAL_TEXTS, VARIANTS, AblateOptions, TrainOptions
 from .training.sets import FrameSets
 
@@ -63,7 +63,7 @@ class TestSet(NamedTuple):
 
 @takes(AblateOptions)
 def ablate(options: AblateOptions) -> dict[str, Any]:
-    """Trains and tests what is missing, writes and prints the table; returns its figures."""
+    """Trains and tests what is missing, writes and prints the table; returns its figures, {} when it was stopped."""
     training, held_back = open_data(TrainOptions(**options.of_run()))
     sets = {HELD_BACK: TestSet(held_back, f"{HELD_BACK}={held_back.folder}:{held_back.split}")}
     sets |= open_tests(options, training.classes)
@@ -72,14 +72,16 @@ def ablate(options: AblateOptions) -> dict[str, Any]:
         return print_runs(options, sets)
     plan = make_plan(options, training, sets)
     check_plan(options.out, plan)
+    check_models(options, training.classes, held_back)
     claim_folder(options.out, "ablate")
     write_json(options.out / "plan.json", plan)
     if options.test is None:
         sets["unseen"] = prepare_unseen(options.out)
     for name, seed in all_runs(options):
         folder = options.out / "runs" / f"{name}_{seed}"
-        if not (folder / "results.json").is_file():
-            train(**run_options(options, name, out=folder, seed=seed, resume=True))
+        run = run_options(options, name, out=folder, seed=seed, resume=True)
+        if not (folder / "results.json").is_file() and not train(**run):
+            return {}  # stopped by SIGTERM, which it says
         for of_set, test in sets.items():
             test_run(options, folder, of_set, test)
     parts = [part.frames for part in training.sets]
@@ -165,6 +167,16 @@ def check_plan(out: Path, plan: dict[str, Any]) -> None:
     if changed:
         words = "; ".join(f"{name} was {before[name]}, now {now[name]}" for name in changed[:3])
         raise ValueError(f"{out} holds another ablation ({words}); choose another --out")
+
+
+def check_models(options: AblateOptions, classes: list[str], held_back: FrameDataset) -> None:
+    """Raises ValueError or OSError for a start model, class texts or sizes of which no run can be made."""
+    for name in options.variants:
+        fields = options.of_run(**VARIANTS[name].changes)
+        if fields["class_vectors"] == RANDOM_TEXTS:
+            fields["class_vectors"] = options.class_vectors or REAL_TEXTS
+        run = TrainOptions(**fields)
+        check_sizes(run, *build_model(run, classes), held_back)
 
 
 def print_runs(options: AblateOptions, sets: dict[str, TestSet]) -> dict[str, Any]:
