@@ -109,8 +109,9 @@ def plain_errors(config_class: type) -> type:
             try:
                 method(self, *args, **kwargs)
             except (AttributeError, TypeError) as error:  # of values that the library does not look at
+                name = next((n for n, value in kwargs.items() if str(value) in str(error)), "a field")
                 raise ValueError(
-                    f"{type(self).__name__} is given a value of a wrong type: {quote(error, 150)}"
+                    f"{self.model_type} configuration: {name} must be of its type: {quote(error, 120)}"
                 ) from error
             except StrictDataclassError as error:
                 message = str(error.__cause__)
@@ -646,7 +647,7 @@ class TqdmConfig(PreTrainedConfig):
         check_distinct(self.query_texts, "query_texts")
         check_distinct(self.row_names, "display_names")
         if stray := [text for text in self.display_names or {} if text not in self.query_texts]:
-            raise ValueError(f"display_names: no query text is {listed(stray)}, only {listed(self.query_texts)}")
+            raise ValueError(f"display_names: no query text is {listed(stray)}; use {listed(self.query_texts)}")
         if self.frozen_texts is not None and not {*self.query_texts} <= {*self.frozen_texts}:
             raise ValueError(
                 f"frozen_texts are {quote(self.frozen_texts)} and must hold the query texts {listed(self.query_texts)}"

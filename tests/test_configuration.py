@@ -6,6 +6,7 @@ import sys
 import pytest
 from conftest import micro_config
 
+from tqdm_seg import configuration_tqdm
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, PRESETS, TqdmConfig, TqdmTextConfig, TqdmVisionConfig
 
 
@@ -40,6 +41,7 @@ def test_token_ids_are_those_of_open_clip():
 
 def test_published_class_names_need_no_vocabulary(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip.tokenizer", None)
+    configuration_tqdm._tokenizer.cache_clear()
     assert TqdmConfig().token_ids["traffic light"] == [3399, 1395]
     with pytest.raises(ImportError, match="pip install open_clip_torch"):
         TqdmConfig(id2label={0: "a name never seen"})

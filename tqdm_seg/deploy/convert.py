@@ -307,7 +307,8 @@ def read_open_clip(name: str) -> tuple[dict[str, Tensor], str]:
             raise ValueError(f"open_clip has no model {cut(repr(name))}{near}; pass NAME:TAG of its list_pretrained()")
         if tag not in tags:
             known = cut(", ".join(tags), 150) or "another model, for this one has no weights"
-            raise ValueError(f"{cut(f'{name}:{tag}')} names no weights; add a tag, {cut(name)}:TAG, of {known}")
+            shown = cut(f"{name}:{tag}" if tag else name)
+            raise ValueError(f"{shown} names no weights of open_clip; add a tag, {cut(name)}:TAG, of {known}")
     # Some tags, openai among them, are also listed under the model name of the other activation.
     quick = open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) if tag else False
     try:
