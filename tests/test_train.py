@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import shutil
+from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 
 from tqdm_seg.commands import start as start_command
 from tqdm_seg.configuration_tqdm import PRESETS
+from tqdm_seg.data.audit import FrameSet, NamedFrame
 from tqdm_seg.data.frames import FrameDataset, frame_loader
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, mean_iou
@@ -34,7 +36,7 @@ from tqdm_seg.training import checkpoint as checkpoint_tqdm
 from tqdm_seg.training import options as options_of_training
 from tqdm_seg.training.batches import MixedPlan, RareClassSampling, TrainPlan, TrainSamples, check_minimum
 from tqdm_seg.training.build import build_model
-from tqdm_seg.training.doctor import alarms
+from tqdm_seg.training.doctor import Survey, alarms, leak_lines
 from tqdm_seg.training.log import RecentLosses, append_line
 from tqdm_seg.training.optimisation import learning_rate
 from tqdm_seg.training.options import AblateOptions, TrainOptions
@@ -796,6 +798,13 @@ def test_the_doctor_prints_what_there_is_to_know_and_writes_nothing(arguments, t
     ):  # fmt: skip
         assert words in shown, said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_says_what_names_keep_it_from_looking():
+    frames = FrameSet("train", [NamedFrame("a.png", "x1399_9999")])
+    part = Survey("train", np.ones((1, 2), int), Counter({(1, 2): 1}), frames)
+    (scenes, images) = leak_lines([part], part)
+    assert "x1399_9999" in scenes and images.startswith("near-duplicate images: not looked for")
 
 
 @pytest.mark.slow
