@@ -40,6 +40,7 @@ from tqdm_seg.training.doctor import Survey, alarms, leak_lines
 from tqdm_seg.training.log import RecentLosses, append_line
 from tqdm_seg.training.optimisation import learning_rate
 from tqdm_seg.training.options import AblateOptions, TrainOptions
+from tqdm_seg.training.reporter import Reporter
 from tqdm_seg.training.sets import FrameSets, TrainSet
 
 program = importlib.import_module("tqdm_seg.train")  # `tqdm_seg.train` is the function
@@ -396,6 +397,19 @@ def test_a_named_phase_goes_on_with_other_options(finished, arguments, tmp_path)
         assert all(torch.equal(before[key], after[key]) for key in before) and log_of(out) == lines
     with pytest.raises(ValueError, match="first .*is over"):
         call("train", *arguments(out, *longer, "--phase", "first"))
+
+
+def test_results_come_last_so_that_a_run_that_has_them_is_whole(finished, arguments, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Reporter, "drawings", stop)
+    with pytest.raises(KeyboardInterrupt):
+        call("train", *arguments(tmp_path / "run", "--eval-every-steps", "3", "--resume"))
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_the_best_model_is_kept_and_loads(finished):

@@ -71,14 +71,17 @@ class Reporter:
             return {"miou": -1.0, "step": -1}
 
     def finish(self) -> dict[str, object]:
-        """In the end: the last evaluation, results.json, model folder, overlays, and the push if one was asked for."""
+        """In the end: the last evaluation, model folder, overlays, results.json, and the push if one was asked for.
+
+        results.json comes last: a run that has it is whole.
+        """
         out, results = self.options.out, self.evaluate(self.options.steps)
         if self.accelerator.is_main_process:
-            write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
             self.write_model(out / "model", results)
             with replace_folder(out / "overlays", "train") as folder:
                 for name, drawing in self.drawings(results, self.options.overlays):
                     drawing.save(folder / f"{name}.png")
+            write_file(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
             print(self.closing_text(results))
             if self.options.push_to_hub:
                 print(push_folder(out / "model", self.options.push_to_hub))
