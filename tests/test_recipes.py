@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from shard_helpers import LISTS, orfd
 from shard_helpers import prepare as prepare_dataset
 
-from tqdm_seg.commands import COMMANDS, named
+from tqdm_seg.commands import COMMANDS, named, start
 from tqdm_seg.configuration_tqdm import PRESETS, TqdmConfig
 from tqdm_seg.evaluation.groups import read_attributes
 from tqdm_seg.evaluation.options import parse_set
@@ -400,3 +400,9 @@ def test_an_experiment_prepares_and_ends_at_the_first_failure(monkeypatch, tmp_p
     monkeypatch.setattr("tqdm_seg.cli.main", lambda words: calls.append(words[0]) or int(words[0] == "ablate"))
     assert main([["prepare", "ycor", "--out", "x"]], [["--out", "a"], ["--out", "b"]], []) == 1
     assert calls == ["prepare", "ablate"]
+
+
+def test_committed_figures_follow_from_the_committed_counts(capsys):
+    for folder in sorted((ROOT / "recipes" / "results").glob("*/ablation.json")):
+        assert start("table", [str(folder.parent)]) == 0
+        assert capsys.readouterr().out == (folder.parent / "ablation.md").read_text(encoding="utf-8")
