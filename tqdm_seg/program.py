@@ -8,6 +8,7 @@ immediate.
 import argparse
 import dataclasses
 import difflib
+import errno
 import functools
 import inspect
 import math
@@ -28,6 +29,7 @@ R = TypeVar("R")
 DEBUG = "--debug"
 LONGEST = 300  # characters of an error
 LARGEST = 2**63
+LONGEST_SIDE = 32768  # pixels of an image
 _MISSING = dataclasses.MISSING
 
 
@@ -73,6 +75,8 @@ def size(text: str) -> tuple[int, int]:
     height, separator, width = text.partition("x")
     if not (separator and height.isdecimal() and width.isdecimal() and int(height) and int(width)):
         raise argparse.ArgumentTypeError(f"{text!r} is no HEIGHTxWIDTH in pixels, such as 1024x2048")
+    if max(len(height), len(width)) > 5 or max(int(height), int(width)) > LONGEST_SIDE:
+        raise argparse.ArgumentTypeError(f"{cut(text)} is larger than {LONGEST_SIDE} pixels a side; choose less")
     return int(height), int(width)
 
 
@@ -208,6 +212,7 @@ def takes(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R
         hints = typing.get_type_hints(options)
         all_fields = dataclasses.fields(options)  # type: ignore[arg-type]
         required = {field.name for field in all_fields if field.default is not None}
+        needed = [field.name for field in all_fields if field.default is _MISSING]
         lists = {field.name for field in all_fields if field.metadata.get("type") is names}
 
         @functools.wraps(function)
@@ -218,7 +223,15 @@ def takes(options: Callable[P, O]) -> Callable[[Callable[[O], R]], Callable[P, R
                     raise ValueError(f"{name} has a name twice: {cut(', '.join(fields[name]))}; give each one once")
             if empty := sorted(required & {name for name, value in fields.items() if value == ()}):
                 raise ValueError(f"{empty[0]} is empty; name at least one")
-            return function(options(*args, **fields))
+            if missing := [name for name in needed if name not in fields]:
+                raise TypeError(f"{function.__name__}() needs {', '.join(missing)}; give each by its name")
+            try:
+                return function(options(*args, **fields))
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    words = "file name too long, choose a shorter one"
+                    raise OSError(error.errno, words, cut(error.filename or "")) from error
+                raise
 
         program.__signature__ = inspect.signature(options).replace(  # type: ignore[attr-defined]
             return_annotation=inspect.signature(function).return_annotation
@@ -249,7 +262,7 @@ def _fitting(name: str, value: Any, part: Any) -> Any:
         if not isinstance(items, list | tuple) or (rest == [kind] and len(items) != 2):
             return None
         found = tuple(_as_typed(name, item, kind) for item in items)
-        return None if rest == [kind] and min(found) < 1 else found
+        return None if rest == [kind] and not 1 <= min(found) <= max(found) <= LONGEST_SIDE else found
     if part is Path:
         return Path(value) if isinstance(value, Path) or (isinstance(value, str) and value.strip()) else None
     fits = {
@@ -267,7 +280,7 @@ def _kind(part: Any) -> str:
         return f"one of {', '.join(map(repr, typing.get_args(part)))}"
     if typing.get_origin(part) is tuple:
         kind, rest = typing.get_args(part)
-        return "(height, width), both above 0" if rest is kind else f"a list of {_kind(kind)}"
+        return f"(height, width), both from 1 to {LONGEST_SIDE}" if rest is kind else f"a list of {_kind(kind)}"
     words = {bool: "True or False", int: "a whole number", float: "a finite number", str: "a text", Path: "a path"}
     return words.get(part, "")
 
@@ -317,6 +330,8 @@ _FIXES = {
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """Python's error, torch's, and what torch's CPU allocator and a failed cuBLAS handle say."""
+    """Python's error, torch's, and what torch's CPU allocator, OpenCV's and a failed cuBLAS handle say."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(words in str(error) for words in ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"))
+    return known or any(
+        words in str(error) for words in ("can't allocate memory", "Insufficient memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )

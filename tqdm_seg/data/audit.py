@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from ..program import takes
-from .files import check_out_file, write_file
+from .files import check_out_file, check_text, write_file
 from .folders import IMAGE_SUFFIXES, split_of, walk
 from .images import apply_orientation, orientation
 from .options import CPUS, AuditOptions
@@ -158,7 +158,7 @@ def is_shard_folder(path: Path) -> bool:
 def read_list(source: str) -> FrameSet:
     """Names from a text file: frames if they end like images or have 13 digits, else scenes (the end of a path)."""
     try:
-        lines = Path(source).read_text(encoding="utf-8-sig").splitlines()
+        lines = check_text(Path(source).read_text(encoding="utf-8-sig"), source).splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is no text file; give a list of names, or a folder") from error
     frames: list[NamedFrame] = []

@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from .files import cut
+from .files import check_text, cut
 from .label_maps import IGNORE_INDEX, LabelMap
 
 IGNORED = "ignored"
@@ -67,8 +67,6 @@ def read_classes(path: Path, masks_hold: Literal["ids", "colours"] = "colours") 
     if not by_colour:
         table.setdefault(IGNORE_INDEX, IGNORE_INDEX)
     classes = tuple(sorted((name for name in new if name != IGNORED), key=new.__getitem__))
-    if len(classes) < 2:
-        raise ValueError(f"class file {path} names one class, {cut(repr(classes))}; name two or more, one per line")
     policy = f"ids or colours as listed in {path.name}; " + (
         "every other colour is an error" if by_colour else "255 is ignored, every other value is an error"
     )
@@ -141,7 +139,7 @@ def read_text(path: Path) -> str:
         encodings = ["utf-8-sig", "cp1252", "latin-1"]
     for encoding in encodings:
         try:
-            return content.decode(encoding)
+            return check_text(content.decode(encoding), path)
         except UnicodeDecodeError:
             continue
     raise ValueError(f"{path} is no text; save it as UTF-8")

@@ -61,6 +61,15 @@ def files_below(folder: Path) -> list[str]:
     return sorted(name.as_posix() for name in found if not is_system_file(name) and name.name != MARK)
 
 
+def check_text(text: str, path: str | Path) -> str:
+    """The text of a file; raises ValueError for bytes that are none, and for what Git LFS leaves in place of a file."""
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(f"{path} is a Git LFS pointer, not the file; run git lfs pull")
+    if "\0" in text:
+        raise ValueError(f"{path} is no text; save it as UTF-8")
+    return text
+
+
 def read_json(path: Path, fields: dict[str, Any] | None = None, fix: str = _AGAIN) -> dict[str, Any]:
     """The fields of a JSON file.
 

@@ -119,7 +119,11 @@ class PlainRows:
         import datasets
         from datasets.distributed import split_dataset_by_node
 
-        rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+        try:
+            rows = datasets.load_dataset(self.source, split=self.split, streaming=True)
+        except (OSError, ValueError) as error:
+            what = f"cannot read {self.source}, split {self.split} ({cut(error, 100)})"
+            raise ValueError(f"{what}; choose data that datasets.load_dataset reads, and one of its splits") from error
         columns = rows.features or rows._resolve_features().features or {}
         for column, flag in ((self.image, "--image-column"), (self.label, "--label-column")):
             if column not in columns:

@@ -10,12 +10,19 @@ from ..program import names, option
 
 # Those that this process may use: a job on a cluster, or under taskset, is given a part.
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+MOST_WORKERS = 1024
 OffRoadMap = Literal["names", "words", "trail_only", "with_grass"]
 _OFF_ROAD_HELP = (
     "names: the dataset's classes (default); words: those that have a class vector, obstacle, pole and container are "
     "ignored; trail_only: traversable are trails and other bare or hard ground; "
     "with_grass: grass, too. Sets under different decisions are refused together"
 )
+
+
+def check_workers(number: int, least: int) -> None:
+    """Raises ValueError for numbers of processes that no machine runs."""
+    if not least <= number <= MOST_WORKERS:
+        raise ValueError(f"--workers {number} must be {least} to {MOST_WORKERS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +53,9 @@ class PrepareOptions:
     )
 
     def __post_init__(self):
-        if self.workers < 1 or self.rows_per_shard < 1:
-            raise ValueError("--workers and --rows-per-shard must be 1 or more")
+        check_workers(self.workers, 1)
+        if self.rows_per_shard < 1:
+            raise ValueError(f"--rows-per-shard {self.rows_per_shard} must be 1 or more")
         if not (self.jpeg is None or 1 <= self.jpeg <= 95):
             raise ValueError(f"--jpeg {self.jpeg} is not between 1 and 95")
         if self.link and self.jpeg is not None:
@@ -312,8 +320,7 @@ class CheckOptions:
     workers: int = option(CPUS, help="processes")
 
     def __post_init__(self):
-        if self.workers < 1:
-            raise ValueError("--workers must be 1 or more")
+        check_workers(self.workers, 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,10 +34,12 @@ def read_pairs(path: Path, images: Path, masks: Path) -> list[Pair]:
         if position == 0 and cells[0].lower() in ("image", "images", "img", "file", "image_path"):
             continue
         if not 2 <= len(cells) <= 4 or not cells[0] or not cells[1]:
-            raise ValueError(f"{path} line {number}: {cut(text)!r} is not {_FORM}")
+            raise ValueError(f"{path} line {number}: {cut(text)!r}: expected {_FORM}")
         split = split_of(cells[2]) if len(cells) > 2 and cells[2] else default
         if split is None:
-            raise ValueError(f"{path} line {number}: split {cut(cells[2])!r} is none of train, val and test")
+            raise ValueError(
+                f"{path} line {number}: split {cut(cells[2])!r} is none of train, val and test; choose one"
+            )
         image, mask = _below(path, number, images, cells[0]), _below(path, number, masks, cells[1])
         if not image.is_file():
             raise FileNotFoundError(f"{path} line {number}: file not found: {image}; paths are under {images}")
@@ -53,7 +55,7 @@ def read_pairs(path: Path, images: Path, masks: Path) -> list[Pair]:
 def _below(path: Path, number: int, folder: Path, name: str) -> Path:
     found = folder / name
     if not found.is_relative_to(folder) or ".." in found.relative_to(folder).parts:
-        raise ValueError(f"{path} line {number}: {cut(name)!r} does not lie under {folder}")
+        raise ValueError(f"{path} line {number}: {cut(name)!r} must lie under {folder}")
     return found
 
 
@@ -94,7 +96,9 @@ def hold_out_listed(pairs: Sequence[Pair], images: Path, path: Path) -> list[Pai
             named[name].append(pair.image)
     for number, name in _lines(path):
         if name.rstrip("/") not in named:
-            raise ValueError(f"{path} line {number}: {cut(name)!r} is no scene or image of the training split")
+            raise ValueError(
+                f"{path} line {number}: {cut(name)!r} is no scene or image of the training split; compare the names"
+            )
         held.update(named[name.rstrip("/")])
     if not 0 < len(held) < len(train):
         raise ValueError(f"{path} names {'all' if held else 'no'} frames of the training split; name some")

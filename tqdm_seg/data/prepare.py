@@ -299,7 +299,12 @@ def make_dataset(
         return finished
     _check_first(usable, label_map, options)
     folder = _open_partial(options.out, {part.file for part in parts})
-    shards = make_shards(folder, label_map, options, parts)
+    try:
+        shards = make_shards(folder, label_map, options, parts)
+    except ValueError:
+        if not any((folder / "data").iterdir()):  # nothing to go on with
+            remove_folder(folder)
+        raise
     for shard in shards:
         for key, reason in shard.facts["skipped"].items():
             skipped[reason].append(key)

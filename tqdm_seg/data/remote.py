@@ -35,7 +35,9 @@ class Storage:
         try:
             self.files, root = fsspec.core.url_to_fs(str(folder))
         except ValueError as error:
-            raise ValueError(f"{folder} is no folder and no URL that can be read ({error})") from error
+            raise ValueError(f"{folder} is no folder and no URL that can be read ({error}); see the address") from error
+        except OSError as error:
+            raise RemoteError(f"cannot reach {folder} ({error}); see that the address is right") from error
         self.root = root.rstrip("/")
         self.local = isinstance(self.files, LocalFileSystem)
         # In fsspec's own thread, whose answer would be waited for without end.

@@ -250,11 +250,17 @@ def _parsed(name: str, content: bytes) -> dict[str, Any]:
         check_fields(manifest, _MANIFEST, name, fix)
     except ValueError as error:
         raise DamagedError(str(error)) from error
+    rows: dict[str, int] = {}
     for record in manifest["shards"]:
+        rows[record["split"]] = rows.get(record["split"], 0) + record["rows"]
         if not SHARD_NAME.fullmatch(record["file"]):
             raise ValueError(
                 f"{name} names the file {cut(repr(record['file']))}, which no prepare command writes; prepare it again"
             )
+    if {split: count for split, count in rows.items() if count} != manifest["rows"]:
+        raise ValueError(f"{name}: rows are {cut(manifest['rows'])}, those of the shards {cut(rows)}; {fix}")
+    if len({*manifest["classes"]}) < len(manifest["classes"]):
+        raise ValueError(f"{name}: classes names one twice, {cut(manifest['classes'])}; {fix}")
     return manifest
 
 

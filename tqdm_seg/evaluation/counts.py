@@ -25,6 +25,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,6 +99,9 @@ class FrameTable:
         rows, classes = len(self.frames), len(self.classes)
         if not rows:
             raise ValueError("the table holds no row; evaluate at least one frame")
+        if len({*self.classes}) < classes or not {*self.class_set} <= {*self.classes}:
+            words = f"classes {cut(self.classes)}, class set {cut(self.class_set)}"
+            raise ValueError(f"{words}: a name is there twice or unknown; name each class once")
         if self.counts.shape != (rows, classes, classes + 1) or self.counts.dtype != np.int64:
             raise ValueError(
                 f"{rows} frames of {classes} classes need counts ({rows}, {classes}, {classes + 1}) int64, not "
@@ -418,8 +422,11 @@ def read_scored(folder: Path, num_frames: int | None, num_classes: int) -> Score
     """All batches in a folder, as `join_scored`."""
     batches = []
     for path in sorted(folder.glob("[0-9]*.npz")):
-        with np.load(path) as batch:
-            batches.append(Scored(**batch))
+        try:
+            with np.load(path) as batch:
+                batches.append(Scored(**batch))
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({cut(error, 80)}); delete it, evaluate again") from error
     try:
         return join_scored(batches, num_frames, num_classes)
     except ValueError as error:

@@ -378,11 +378,14 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         check_plan(out, evaluation.plan)
         training = open_training(options.baselines) if options.baselines else None
         scored = score_saved(evaluation, options, accelerator) if options.predictions and main_process else {}
+        finished = bool(evaluation.model) and (out / "results.json").is_file()
+        tables = {chosen.name: finished_table(chosen, out) for chosen in evaluation.sets if finished}
+        for chosen in evaluation.sets:  # what is scored already has to be whole
+            read_scored(parts / chosen.name, chosen.length, len(chosen.classes))
     except (OSError, ValueError):
         if main_process:
             raise
         raise SystemExit(1) from None  # the first process says why
-    finished = bool(evaluation.model) and (out / "results.json").is_file()
     accelerator.wait_for_everyone()  # all have looked for an earlier evaluation
     if evaluation.model and not finished:
         ready_to_predict(evaluation.model.to(accelerator.device), options.precision)
@@ -400,7 +403,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
             score_set(evaluation, chosen, folder, accelerator, options)
             accelerator.wait_for_everyone()
         if main_process and finished:
-            results["sets"][name] = write_set(evaluation, chosen, finished_table(chosen, out), options)
+            results["sets"][name] = write_set(evaluation, chosen, tables[name], options)
         elif main_process:
             found = scored.get(name) or read_scored(folder, chosen.length, len(chosen.classes))
             table = frame_table(evaluation, chosen, found, options)

@@ -4,7 +4,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from ..data.files import cut
+from ..data.files import check_text, cut
 from ..data.scenes import scene_identity
 
 ATTRIBUTES = ("weather", "light", "road")
@@ -53,6 +53,6 @@ def read_text(path: Path) -> str:
     if not path.is_file():
         raise FileNotFoundError(f"file not found: {path}")
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return check_text(path.read_text(encoding="utf-8-sig"), path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 text; save it as UTF-8") from error

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from ..data.options import check_workers
 from ..deploy.options import MODEL, Device, Precision, check_at_least
-from ..program import names, option, size
+from ..program import cut, names, option, size
 
 _SET = re.compile(r"([A-Za-z0-9][\w.-]*)=(.+?)(?:@([1-9]\d*)x([1-9]\d*))?")
 
@@ -27,8 +28,8 @@ def parse_set(text: str) -> SetSource:
     match = _SET.fullmatch(text)
     if match is None:
         raise ValueError(
-            f"--data {text!r} names no dataset; give NAME=PATH, NAME=PATH:SPLIT or NAME=PATH:SPLIT@1024x2048, where "
-            "NAME has letters, digits, '.', '_' and '-'"
+            f"--data {cut(text)!r} names no dataset; give NAME=PATH, NAME=PATH:SPLIT or NAME=PATH:SPLIT@1024x2048, "
+            "where NAME has letters, digits, '.', '_' and '-'"
         )
     name, folder, *sides = match.groups()
     short, long = sorted(map(int, sides)) if sides[0] else (0, 0)
@@ -169,11 +170,8 @@ class EvaluateOptions(GroupOptions):
             raise ValueError("give MODEL to score a model, or --predictions DIR to score saved predictions")
         self._check_predictions()
         self._check_columns()
-        if self.workers < 0 or self.save_every_frames < 1:
-            raise ValueError(
-                f"--workers must be at least 0 and --save-every-frames at least 1, not {self.workers} and "
-                f"{self.save_every_frames}"
-            )
+        check_workers(self.workers, 0)
+        check_at_least(save_every_frames=(self.save_every_frames, 1))
 
     def _check_predictions(self) -> None:
         """Saved predictions have no image size, windows or precision to choose."""

@@ -165,6 +165,9 @@ def compare(options: CompareOptions) -> Comparison:
             raise FileNotFoundError(f"folder not found: {path.parent}; make it, or write {path.name} elsewhere")
         if path is not None:
             check_out_file(path, begins, filter(None, inputs))
+    named = [path.resolve() for path in (options.markdown, options.csv, options.json) if path is not None]
+    if len({*named}) < len(named):
+        raise ValueError(f"two of --markdown, --csv and --json name {named[0]}; give each output its own file")
     found = read_and_compare(options)
     if found.warnings and not options.anyway:
         # A long line loses its middle: first the protocols, from which the others follow.

@@ -103,13 +103,17 @@ def pick_worst_and_best(ranked: Sequence[FrameScore], number: int) -> tuple[list
 def open_frames(source: SetSource, results: dict[str, Any]) -> FrameDataset:
     """The frames that were evaluated; raises ValueError if those of the source are others."""
     if source.name not in results["sets"]:
-        raise ValueError(f"--data {source.name}: the evaluation has no such set, only {', '.join(results['sets'])}")
+        raise ValueError(
+            f"--data {source.name}: the evaluation has no such set; choose from {', '.join(results['sets'])}"
+        )
     check_fields(results["sets"][source.name], _DRAWN, f"results.json, set {source.name}", "evaluate again")
     data = results["sets"][source.name]["data"]
     frames = FrameDataset(source.folder, source.split or data["split"])
     found = frames.index.manifest["index_sha256"]
     if (found, frames.split) != (data["index_sha256"], data["split"]):
-        raise ValueError(f"--data {source.name}: {source.folder} has other frames than were evaluated: {data['path']}")
+        raise ValueError(
+            f"--data {source.name}: {source.folder} has other frames than were evaluated; give {data['path']}"
+        )
     return frames
 
 

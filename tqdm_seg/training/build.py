@@ -19,6 +19,7 @@ from ..data.frames import FrameDataset, PlainRows
 from ..data.shards import check_same_labels
 from ..deploy.folder import from_pretrained, load_model
 from ..deploy.speed import set_float32_arithmetic
+from ..evaluation.class_sets import class_set
 from ..evaluation.protocol import Protocol, check_view_sizes
 from .checkpoint import whole_weights
 from .options import TrainOptions
@@ -127,6 +128,7 @@ def check_sizes(
     validation: FrameDataset | PlainRows,
 ) -> None:  # fmt: skip
     """Raises ValueError for a crop, or an image to evaluate, that is smaller than the model's two patches a side."""
+    class_set(options.class_set, net.config.class_names)  # raises ValueError for a class that there is not
     patch = net.config.vision_config.patch_size
     if min(net.model.vision_tower.padded_size(options.crop, options.crop)) < 2 * patch:
         raise ValueError(f"--crop {options.crop} is under two patches of {patch} pixels; use {2 * patch} or more")

@@ -79,7 +79,8 @@ def prune(folder: Path, step: int, keep: int) -> None:
 
     What is left of one whose deletion was killed goes, too.
     """
-    kept = [path for path in checkpoints(folder) if path.name <= _name(step)][-keep:]
+    whole = [path for path in checkpoints(folder) if path.name <= _name(step) and (path / "state.json").is_file()]
+    kept = whole[-keep:]
     for path in sorted(folder.glob("step_*")):
         if path.name <= _name(step) and path not in kept and read_mark(path) is not None:
             remove_folder(path)
@@ -96,7 +97,7 @@ def _own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def checkpoints(folder: Path) -> list[Path]:
     """All checkpoints, oldest first; they appear whole, but may have been damaged since."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file() or read_mark(path))
+    return sorted(path for path in folder.glob("step_*") if path.is_dir())
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -127,6 +128,19 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
+def _check_groups(path: Path, found: list[dict[str, Any]], expected: list[dict[str, Any]], trained: set[str]) -> None:
+    """Raises ValueError unless state.json has the fields of the optimiser's groups, and all trained parameters."""
+    forms = [{name: value for name, value in group.items() if name != "params"} for group in expected]
+    wrong = "groups" if len(found) != len(forms) else ""
+    for number, (group, form) in enumerate(zip(found, json.loads(json.dumps(forms)), strict=False)):
+        names = [name for name in form if type(group.get(name)) is not type(form[name])]
+        wrong = wrong or "".join(f"groups[{number}].{name}" for name in names[:1])
+    if not wrong and not trained <= {name for group in found for name in group["params"]}:
+        wrong = "groups.params"
+    if wrong:
+        raise ValueError(f"{path / 'state.json'}: {wrong} is not of this model; choose another --out, or copy it again")
+
+
 def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Loads weights and optimiser state; returns the content of state.json.
 
@@ -142,10 +156,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
             f"{path} is the checkpoint of another model: {len(names)} weights differ, the first is {names[0]} "
             f"({found.get(names[0])} there, {expected.get(names[0])} here); use that run's options or another --out"
         )
-    set_model_state_dict(model, weights, options=_WHOLE)
     state: dict[str, dict[str, Tensor]] = {}
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, kind = key.split("|")
         state.setdefault(name, {})[kind] = value
+    _check_groups(path, content["groups"], optimizer.param_groups, {*state})
+    set_model_state_dict(model, weights, options=_WHOLE)
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": content["groups"]}, options=_WHOLE)
     return content

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ..data.files import example
+from ..data.options import check_workers
 from ..evaluation.options import class_set_option, parse_sets
 from ..program import cut, names, option, size
 
@@ -23,7 +24,6 @@ EXAMPLE = "orfd_mini"
 
 # What an ablation calls the held-back part among the sets that it tests on.
 HELD_BACK = "held_back"
-_WARMUP = 20
 
 # Options that a resumed run may change: they decide where and how fast it runs, not what it computes.
 FREE_OPTIONS = (
@@ -211,7 +211,7 @@ class TrainOptions:
         1.0, help="vision tower: --lr times this (published: 0.1, for a pre-trained tower; default: %(default)s)"
     )
     min_lr: float = _optimisation(1e-6, help="final learning rate (published; default: %(default)s)")
-    warmup_steps: int = _optimisation(_WARMUP, help="steps of linear warm-up (published: 1500; default: %(default)s)")
+    warmup_steps: int = _optimisation(20, help="steps of linear warm-up (published: 1500; default: %(default)s)")
     weight_decay: float = _optimisation(
         1e-4, help="AdamW's weight decay (published: 1e-4, Cityscapes 1e-5; default: %(default)s)"
     )
@@ -269,13 +269,11 @@ class TrainOptions:
                 raise ValueError(f"{_flag(name)} {value} must be {'0 or more' if lowest_is_zero else 'above 0'}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(f"{_flag(name)} {value} is no finite number")
+        check_workers(self.workers, 0)
         if self.random_queries and self.class_vectors is not None:
             raise ValueError("--random-queries replaces the class texts that --class-vectors gives; use one of them")
         if self.min_lr > self.lr:
             raise ValueError(f"--min-lr {self.min_lr:g} is above --lr {self.lr:g}; it is where the rate ends")
-        if self.warmup_steps > self.steps and self.warmup_steps != _WARMUP:  # with the default short trials work
-            words = f"--warmup-steps {self.warmup_steps} is above --steps {self.steps}"
-            raise ValueError(f"{words}, so the rate would never reach --lr; choose fewer")
         if self.ema >= 1:
             raise ValueError(f"--ema {self.ema} must be below 1, such as 0.999")
         if self.push_to_hub is not None:
