@@ -230,7 +230,7 @@ def make_shard(folder: Path, label_map: LabelMap, options: PrepareOptions, part:
         write_shard(path, frames(), len(label_map.classes), facts)
     except OSError as error:
         raise OSError(
-            f"cannot write {path} ({error}); finished shards are kept in {folder}: make room, then run the same "
+            f"cannot write {path}: {error.strerror or error}; finished shards are kept: make room, then run the same "
             "command again"
         ) from error
     return describe_shard(path, part.split, part.number)
