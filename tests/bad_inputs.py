@@ -827,7 +827,10 @@ def option_cases(root: Path) -> Iterator[Case]:
             values: list[Any] = [object()]
             size = field.metadata.get("type") is not None and field.metadata["type"].__name__ == "size"
             if size:
-                texts, values = ["0x5", "5", "5x", "-1x5", "axb", "5x5x5", ""], [(0, 5), (5,), "x", 5]
+                texts, values = (
+                    ["0x5", "5", "5x", "-1x5", "axb", "5x5x5", "", "9x99999"],
+                    [(0, 5), (5,), "x", 5, (9, 10**9)],
+                )
             elif kinds & {int, float} and bool not in kinds:
                 texts = ["-1", "nan", "inf", "many", "", "1e999"] + ([] if flag in ZERO else ["0"])
                 texts += [] if float in kinds else ["1.5", str(10**40)]
@@ -848,6 +851,9 @@ def option_cases(root: Path) -> Iterator[Case]:
                 call = functools.partial(function, **fields | {field.name: value})
                 shown = "an object" if type(value) is object else repr(value)
                 yield call_case("functions", f"{command}({field.name}={shown})", call, field.name, flag)
+        if "workers" in hints:
+            line = [command, *words, "--workers=100000"]
+            yield Case("options", f"{command} --workers=100000", lambda _, line=line: line, ("--workers",))
         if command not in ("train", "ablate", "env"):
             yield Case("options", f"{command} without arguments", lambda _, c=command: [c], ("required",))
         yield Case(
@@ -953,7 +959,10 @@ def dataset_cases(root: Path) -> Iterator[Case]:
         "shards.0.rows",
         "shards.0.sha256",
         "label_map",
+        "label_map.name",
+        "options",
         "rows",
+        "rows.train",
     )
     for program, line in programs.items():
         area = f"datasets ({program})"
@@ -1016,7 +1025,8 @@ def run_cases(root: Path) -> Iterator[Case]:
     for name in ("state.json", "weights.safetensors", "optimizer.safetensors"):
         path = run / last / name
         damages = [*broken(NO_JSON if name.endswith("json") else NO_BINARY, path.read_bytes()), ("missing", None)]
-        damages += list(wrong_values(json.loads(path.read_text()), ("step", "groups"))) if name.endswith("json") else []
+        keys = ("step", "groups", "groups.0.params", "groups.0.lr", "sha256")
+        damages += list(wrong_values(json.loads(path.read_text()), keys)) if name.endswith("json") else []
         for kind, content in damages:
             names = (name, "checkpoint")
             yield Case("runs", f"{name} of all checkpoints: {kind}", functools.partial(both, content, name), names)
@@ -1040,7 +1050,7 @@ def run_cases(root: Path) -> Iterator[Case]:
         return ["report", copy, "--out", folder / "page.html"]
 
     keys = ("sets", "sets.orfd.matrix", "sets.orfd.protocol", "sets.orfd.miou", "model")
-    keys += ("sets.orfd.iou", "sets.orfd.groups")
+    keys += ("sets.orfd.iou", "sets.orfd.groups", "sets.orfd.groups.scene.0.miou", "model.path", "model.sha256")
     yield Case("reports", "good", lambda folder: report(copied(evaluation, folder), folder), (), True)
     yield from file_cases("reports", evaluation, "results.json", wrong_json(evaluation / "results.json", keys), report)
     table = [*broken(NO_BINARY, (evaluation / "orfd.parquet").read_bytes()), *other_tables(evaluation / "orfd.parquet")]
@@ -1075,7 +1085,45 @@ def run_cases(root: Path) -> Iterator[Case]:
     yield from file_cases(
         "tables", csv, "", [*broken(NO_BINARY, csv.read_bytes()), ("of groups", csv.read_bytes())], compare
     )
+    yield from csv_cases()
     yield from export_cases(root)
+
+
+def csv_cases() -> Iterator[Case]:
+    """Tables of counts as CSV, and what may lie next to them."""
+    header = "frame,scene,0-0,0-1,1-0,1-1\n"
+    rows = {
+        "semicolons": header.replace(",", ";") + "a;s;1;2;3;4\n",
+        "a cell less": header + "a,s,1,2,3\n",
+        "a cell more": header + "a,s,1,2,3,4,5\n",
+        "below 0": header + "a,s,-1,2,3,4\n",
+        "a fraction": header + "a,s,1.5,2,3,4\n",
+        "NaN": header + "a,s,nan,2,3,4\n",
+        "inf": header + "a,s,inf,2,3,4\n",
+        "2**63": header + f"a,s,{2**63},2,3,4\n",
+        "a frame twice": header + "a,s,1,2,3,4\na,s,1,2,3,4\n",
+        "no row": header,
+        "no name": header + ",s,1,2,3,4\n",
+        "an open quote": header + '"a,s,1,2,3,4\n',
+        "no such month": header + "a,x1399_1627,1,2,3,4\n",
+        "a column less": "frame,scene,0-0,0-1,1-0\na,s,1,2,3\n",
+        "a column twice": "frame,scene,0-0,0-0,1-0,1-1\na,s,1,2,3,4\n",
+    }
+
+    def compare(files: dict[str, bytes], folder: Path) -> Action:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        return ["compare", folder / "t.csv", folder / "t.csv"]
+
+    for kind, text in rows.items():
+        yield Case("tables", f"CSV: {kind}", functools.partial(compare, {"t.csv": text.encode()}), ("t.csv",))
+    facts = {"classes": ["a", "b"], "protocol": {"class_set": {"name": "x", "classes": ["a"]}}}
+    damages = [*broken(NO_JSON, json.dumps(facts).encode())]
+    damages += wrong_values(facts, ("classes", "protocol", "protocol.class_set.classes"))
+    damages += [("a class twice", json.dumps(facts | {"classes": ["a", "a"]}).encode())]
+    for kind, content in damages:
+        files = {"t.csv": f"{header}a,s,1,2,3,4\n".encode(), "t.csv.json": content}
+        yield Case("tables", f"t.csv.json: {kind}", functools.partial(compare, files), ("t.csv",))
 
 
 def elsewhere(place: Path, folder: Path) -> Path:
@@ -1169,6 +1217,26 @@ def image_cases(root: Path) -> Iterator[Case]:
     for kind, content in classes.items():
         yield from prepare_case(root, "classes.txt", f"class file: {kind}", content, ("classes.txt",))
     yield from prepare_case(root, "classes.txt", "class file: missing", None, ("classes.txt",))
+    lists = {
+        "empty": b"",
+        "NUL": b"\0\n",
+        "a pointer": POINTER,
+        "one cell": b"0.png\n",
+        "five cells": b"0.png,0.png,train,s,x\n",
+        "outside": b"../x,0.png\n",
+        "an unknown split": b"0.png,0.png,nosuch\n",
+        "an image twice": b"0.png,0.png\n0.png,1.png\n",
+        "a missing image": b"9.png,9.png\n",
+    }
+    for option in ("--pairs", "--hold-out-scenes"):
+        for kind, content in lists.items():
+
+            def listed(folder: Path, o: str = option, c: bytes = content) -> Action:
+                (folder / "list.txt").write_bytes(c)
+                return [*prepare_line(root, folder), o, folder / "list.txt"]
+
+            if (option, kind) != ("--hold-out-scenes", "one cell"):  # a list of images it takes
+                yield Case("images", f"prepare {option}: {kind}", listed, ("list.txt",))
     yield Case("images", "prepare", lambda folder: prepare_line(root, folder), (), True)
     for kind in ("images", "masks"):
         for what, place in {"missing": "nosuch", "a file": "classes.txt", "empty": "empty"}.items():
