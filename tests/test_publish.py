@@ -24,6 +24,7 @@ from conftest import micro_model
 from huggingface_hub import ModelCard
 from shard_helpers import contents, orfd, prepare
 
+from tqdm_seg.data.files import MARK
 from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
 from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.evaluation.evaluate import score_frames
@@ -207,6 +208,7 @@ def test_every_file_of_a_training_arrives_byte_for_byte_with_its_card(hub, tmp_p
 
     assert f"{hub.address}/me/my-model/commit/" in result.stdout
     expected = contents(tmp_path / "run" / "model")
+    assert expected.pop(MARK)  # which stays: it marks a folder of this computer
     assert {"README.md", "config.json", "model.safetensors", "modeling_tqdm.py", "results.json"} < expected.keys()
     assert hub.files == {"me/my-model": expected}
     (tmp_path / "card.md").write_bytes(expected["README.md"])

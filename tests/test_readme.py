@@ -120,6 +120,7 @@ def test_the_commands_for_own_data_run(checkout):
 def test_the_data_commands_run_on_the_examples(checkout):
     lines = [line for line in shell_lines(ROOT / "docs/data.md") if line.startswith("tqdm-seg") and "~" not in line]
     assert len(lines) == 5
+    (checkout / "tqdm_seg").symlink_to(ROOT / "tqdm_seg")
     for line in lines:
         name, argv = program_of(shlex.split(line))
         # The three frames are of the drive of the other set, and the published lists share three scenes.
