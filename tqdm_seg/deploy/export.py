@@ -10,6 +10,7 @@ if __name__ == "__main__":
 
 import importlib
 import importlib.util
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,9 @@ def export_onnx(window: WindowModel, path: Path, opset: int) -> None:
 def export_torch(window: WindowModel, example: Tensor, path: Path) -> None:
     """Writes the file for `torch.export.load`, of the size of example (B, 3, h, w)."""
     batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(window, (example,), dynamic_shapes=({0: batch},), strict=False), path)
+    content = io.BytesIO()  # torch's own writer aborts the whole process on a full disk
+    torch.export.save(torch.export.export(window, (example,), dynamic_shapes=({0: batch},), strict=False), content)
+    path.write_bytes(content.getbuffer())
 
 
 def check_inputs(processor: TqdmImageProcessor, size: tuple[int, int], patch: int, path: Path) -> dict[str, Tensor]:
