@@ -819,5 +819,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 TqdmConfig.register_for_auto_class()
 
 __all__ = [
-    "CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig", "listed", "nearest", "quote",
+    "CITYSCAPES_CLASSES", "PRESETS", "TqdmConfig", "TqdmTextConfig", "TqdmVisionConfig", "check_distinct", "listed",
+    "nearest", "quote",
 ]  # fmt: skip
