@@ -69,14 +69,20 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
         raise ValueError(f"{message}, but hold {str(unknown)[:60]}; map these ids, or add the classes to id2label")
 
 
-def check_embedding(name: str, value: Tensor | None, expected: Tensor) -> None:
-    """Raises ValueError unless the embedding, where there is one, has the shape of `expected`, and finite numbers."""
+def check_loss_fields(config: Any) -> None:
+    """Raises ValueError for fields of the losses that make no sense; a compiled graph holds no such check."""
+    if not torch.compiler.is_compiling():
+        config.check_losses()
+
+
+def check_embedding(name: str, value: Tensor | None, expected: Tensor, finite: bool) -> None:
+    """Raises ValueError unless the embedding, where there is one, has the shape of `expected`, and `finite` numbers."""
     if value is None:
         return
     if not isinstance(value, Tensor) or value.shape != expected.shape or not value.is_floating_point():
         came = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"{name} is {came} and must be a float tensor {tuple(expected.shape)}")
-    if value.is_cpu and not torch.compiler.is_compiling() and not value.isfinite().all():
+    if finite and value.is_cpu and not torch.compiler.is_compiling() and not value.isfinite().all():
         raise ValueError(f"{name} holds NaN or inf; check the weights of the teacher that made it")
 
 

@@ -43,6 +43,7 @@ from .loss_tqdm import (
     LossCounts,
     check_embedding,
     check_labels,
+    check_loss_fields,
     check_mask_index,
     check_seeds,
     choose_points,
@@ -473,12 +474,12 @@ class TqdmForSemanticSegmentation(Segmenter, TqdmPreTrainedModel):
             mask_index = supervised_masks(labels, config.num_labels, config.ignore_index)
         if reference_text_embedding is None:
             reference_text_embedding = self.model.text_queries.encode_reference()
-        check_embedding("reference_image_embedding", reference_image_embedding, outputs.image_embedding)
-        check_embedding("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0])
+        finite = not self.training  # a training names the images of a loss that is not
+        check_embedding("reference_image_embedding", reference_image_embedding, outputs.image_embedding, finite)
+        check_embedding("reference_text_embedding", reference_text_embedding, outputs.text_embeddings[0], finite)
         check_mask_index(mask_index, len(labels), config.num_labels)
         check_seeds(sample_seeds, len(labels))
-        if not torch.compiler.is_compiling():
-            config.check_losses()
+        check_loss_fields(config)
         if not isinstance(loss_counts, (LossCounts, type(None))):
             raise ValueError(
                 f"loss_counts is a {type(loss_counts).__name__} and must be LossCounts, see count_losses()"

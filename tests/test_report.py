@@ -257,7 +257,7 @@ def test_other_models_and_data_are_not_drawn(world, tmp_path, capsys):
     results, source = world / "first", f"roads={world / 'raw' / 'roads'}"
     model_of(tmp_path / "other", CLASSES, train=False)
     refused("evaluated model", results, "--model", tmp_path / "other", "--data", source)
-    refused("only roads, small", results, "--model", world / "model", "--data", f"other={world / 'raw' / 'roads'}")
+    refused("roads, small", results, "--model", world / "model", "--data", f"other={world / 'raw' / 'roads'}")
     orfd = offroad_frames(tmp_path / "orfd", (1, 1))
     refused("other frames", results, "--model", world / "model", "--data", f"roads={orfd}")
     refused("both or neither", results, "--data", source, status=2)
