@@ -255,7 +255,7 @@ def stamp(path: Path) -> list[int]:
 def earlier_results(out: Path, report: dict[str, Any], found: dict[str, Path]) -> dict[str, dict[str, Any]]:
     """What an earlier run of this kind has done: the same model, options and inputs, and its files are there."""
     try:
-        earlier = read_json(out / AREAS, report)
+        earlier = read_json(out / AREAS, {"protocol": dict, "model_files": dict, "results": dict})
         same = all(earlier[key] == json.loads(json.dumps(report[key])) for key in ("protocol", "model_files"))
         done = {name: earlier["results"][name] for name in found if same and name in earlier["results"]}
         return {
