@@ -88,6 +88,8 @@ class Storage:
     def _cat(self, paths: list[str], starts: Sequence[int], ends: Sequence[int]) -> list[bytes]:
         found = self.files.cat_ranges(paths, list(starts), list(ends), on_error="raise", **self.limit)
         for path, start, end, part in zip(paths, starts, ends, found, strict=True):
+            if isinstance(part, BaseException):  # fsspec 2025.3 returns errors whatever on_error says
+                raise part
             if len(part) > end - start:
                 raise self._without_ranges(path.removeprefix(f"{self.root}/"))
             if len(part) < end - start:
