@@ -1,5 +1,6 @@
 """Files of a folder or URL, read with patience: other tries for what passes, a time limit, one sentence at the end."""
 
+import asyncio
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -135,7 +136,7 @@ def _reason(error: BaseException) -> tuple[str, bool]:
     if isinstance(status, int) and status:
         gone = status in (404, 410)
         return "" if gone else f"HTTP status {status}", status >= 500 or status in _TRY_AGAIN
-    if isinstance(error, TimeoutError):
+    if isinstance(error, TimeoutError | asyncio.TimeoutError):  # two classes in Python 3.10
         return f"no answer within {TIME_LIMIT:g} seconds", True
     network = type(error).__module__.split(".")[0] in _NETWORK
     if network or isinstance(error, OSError | DamagedError):
