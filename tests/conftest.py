@@ -64,6 +64,25 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def auto_classes():
+    """The Auto classes know the package's model while the tests of a module run, as after `trust_remote_code`."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+
+    from tqdm_seg.configuration_tqdm import TqdmConfig
+    from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, TqdmModel
+
+    mappings = CONFIG_MAPPING, AutoModel._model_mapping, AutoModelForSemanticSegmentation._model_mapping
+    before = [dict(mapping._extra_content) for mapping in mappings]
+    AutoConfig.register("tqdm", TqdmConfig, exist_ok=True)
+    AutoModel.register(TqdmConfig, TqdmModel, exist_ok=True)
+    AutoModelForSemanticSegmentation.register(TqdmConfig, TqdmForSemanticSegmentation, exist_ok=True)
+    yield
+    for mapping, content in zip(mappings, before, strict=True):  # else the code of folders is no longer taken
+        mapping._extra_content.clear()
+        mapping._extra_content.update(content)
+
+
 @pytest.fixture(params=["clip", "eva02"])
 def model(request) -> "TqdmForSemanticSegmentation":
     """A micro model with each vision tower."""

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_names import ROUTES
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, AutoModelForSemanticSegmentation
+from transformers import AutoModelForSemanticSegmentation
 
 import tqdm_seg
 from tqdm_seg.configuration_tqdm import CITYSCAPES_CLASSES, TqdmConfig
@@ -24,13 +24,14 @@ from tqdm_seg.deploy.folder import save_model_folder
 from tqdm_seg.deploy.predict import set_class_names
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.loss_tqdm import textual_loss
-from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation, TqdmModel
+from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 LOAD = TqdmForSemanticSegmentation.from_pretrained
 NAMES = ["road", "traffic light", "sky", "rock", "stone", "tree"]
 ABOUT = {"names": NAMES, "words": {"asphalt": "road", "forest": "tree"}, "model": "none", "source": "a test"}
 STEPS = 150  # of training, where a test needs a trained model
 WIDTH = 16  # of the micro models' image-text space
+pytestmark = pytest.mark.usefixtures("auto_classes")
 
 
 def table() -> torch.Tensor:
@@ -48,13 +49,6 @@ def vector_model(**overrides) -> TqdmForSemanticSegmentation:
 
 def same(a, b, atol=1e-5):
     torch.testing.assert_close(a, b, atol=atol, rtol=1e-4)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def auto_classes():
-    AutoConfig.register("tqdm", TqdmConfig, exist_ok=True)
-    AutoModel.register(TqdmConfig, TqdmModel, exist_ok=True)
-    AutoModelForSemanticSegmentation.register(TqdmConfig, TqdmForSemanticSegmentation, exist_ok=True)
 
 
 @pytest.fixture

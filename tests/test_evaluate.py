@@ -588,7 +588,9 @@ def test_common_classes_are_matched_by_name_and_the_others_are_named(model, data
     for true, predicted in zip(labels.ravel().tolist(), ids.ravel().tolist(), strict=True):
         if true in (1, 2):
             matrix[true - 1, {2: 0, 0: 1}.get(predicted, 2)] += 1
-    assert found["matrix"] == matrix.tolist() and matrix[1].min() > 0 and list(found["iou"]) == ["Sky", "road"]
+    assert (
+        found["matrix"] == matrix.tolist() and np.count_nonzero(matrix[1]) > 1 and list(found["iou"]) == ["Sky", "road"]
+    )
     labels_of = found["protocol"]["labels"]
     assert labels_of["classes"] == {"0": "Sky", "1": "road"}
     assert labels_of["left_out"] == {"predictions": ["traffic light"], "data": ["tree"]}

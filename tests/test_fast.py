@@ -134,7 +134,8 @@ def test_frozen_texts_can_be_chosen_among_but_not_added_to(images, tmp_path):
     assert frozen.config.id2label == whole.config.id2label
     for model in (whole, frozen):
         model.set_classes({0: "sky", 1: "road"})
-    torch.testing.assert_close(frozen.score(images), whole.score(images), rtol=0, atol=0)
+    # The tower encoded three texts there and two here, whose products round differently on some machines.
+    torch.testing.assert_close(frozen.score(images), whole.score(images), rtol=0, atol=1e-6)
     frozen.save_pretrained(tmp_path)
     loaded = TqdmForSemanticSegmentation.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded.score(images), frozen.score(images), rtol=0, atol=0)

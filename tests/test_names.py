@@ -19,14 +19,7 @@ NAMES = ["road", "traffic light", "sky"]
 REORDERED = {0: "sky", 1: "road", 2: "traffic light"}
 ORDER = [2, 0, 1]  # rows of NAMES
 LOAD = TqdmForSemanticSegmentation.from_pretrained
-
-
-@pytest.fixture(scope="module", autouse=True)
-def auto_classes():
-    """The Auto classes know the package's model in this module, as they do after `trust_remote_code` of a folder."""
-    AutoConfig.register("tqdm", TqdmConfig, exist_ok=True)
-    AutoModel.register(TqdmConfig, TqdmModel, exist_ok=True)
-    AutoModelForSemanticSegmentation.register(TqdmConfig, TqdmForSemanticSegmentation, exist_ok=True)
+pytestmark = pytest.mark.usefixtures("auto_classes")
 
 
 @pytest.fixture
