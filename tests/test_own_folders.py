@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -376,7 +377,8 @@ def test_workers_end_with_their_parent(tmp_path, kill):
     root = orfd(tmp_path / "in", 40, size=256)
     command = [sys.executable, ROOT / "dataset_scripts/prepare_orfd.py", root, "--out", tmp_path / "out",
                "--workers", "2", "--rows-per-shard", "1"]  # fmt: skip
-    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    heeds = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # tests in the background may be told to ignore it
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heeds)
     children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
     while not list((tmp_path / "out.partial/data").glob("train*")):
         assert running.poll() is None
