@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
 import tqdm_seg
 from tqdm_seg import program
@@ -200,6 +201,19 @@ class OutOfMemoryError(RuntimeError):
 def test_errors_say_what_where_and_what_to_do(error, words):
     message = explain(error, Options(source=Path("x")))
     assert "\n" not in message and all(word in message for word in words), message
+
+
+class Broken(list):
+    """Data that a loader's process cannot read."""
+
+    def __getitem__(self, index: int) -> None:
+        raise ValueError(f"frame {index} cannot be decoded; prepare it again")
+
+
+def test_the_error_of_a_loader_process_is_its_own_line():
+    with pytest.raises(ValueError, match="Original Traceback") as caught:
+        next(iter(DataLoader(Broken([1]), num_workers=1)))
+    assert explain(caught.value) == "frame 0 cannot be decoded; prepare it again"
 
 
 def test_the_status_tells_how_a_program_ended(capsys):

@@ -366,6 +366,9 @@ def test_published_keys_unknown_missing_or_of_another_shape_are_errors(pack):
     with pytest.raises(ValueError, match=r"architecture: 1 missing: model.mask_decoder.class_head.bias$"):
         load_published(pack.state)
     pack.state["backbone.positional_embedding"] = torch.zeros(26, 64)
+    pack.state["decode_head.cls_embed.bias"] = torch.zeros(20, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"1 of whole numbers: model.mask_decoder.class_head.bias torch.int32$"):
+        load_published({**pack.state, "backbone.positional_embedding": torch.zeros(17, 64)})
     pack.state["decode_head.cls_embed.bias"] = torch.zeros(20)
     with pytest.raises(ValueError, match=r"1 of another shape: model.*position_embedding \(26, 64\) for \(17, 64\)$"):
         load_published(pack.state)

@@ -226,6 +226,25 @@ def test_a_stopped_run_goes_on(folder, photo, monkeypatch, capsys):
         assert run(folder, *photos, *options)[0] == 0 and done == expected
 
 
+def test_more_classes_than_a_byte_holds_are_refused(photo, tmp_path, capsys):
+    names = {index: f"thing {index}" for index in range(257)}
+    save_model_folder(micro_model(id2label=names, ignore_index=-100), TqdmImageProcessor(), tmp_path / "many")
+    assert "256" in refusal(capsys, tmp_path / "many", photo, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_are_read_through_links_and_without_what_systems_leave(folder, photo, tmp_path):
+    (tmp_path / "far").mkdir()
+    shutil.copy(photo, tmp_path / "far" / "b.png")
+    (photo.parent / "more").symlink_to(tmp_path / "far")
+    for name in ("._photo.png", ".ipynb_checkpoints/photo.png"):
+        (photo.parent / name).parent.mkdir(exist_ok=True)
+        (photo.parent / name).write_bytes(b"no image")
+    status = start("predict", [folder, str(photo.parent), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    assert status == 0
+    assert list(json.loads((tmp_path / "out/areas.json").read_text())["results"]) == ["more/b", "photo"]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -310,7 +310,8 @@ def run(work: Callable[[], object], debug: bool = False, options: object = None)
 
 def explain(error: Exception, options: object = None) -> str:
     """What went wrong, on one line."""
-    message = readable(str(error), LONGEST - 60) or type(error).__name__
+    text = _WORKER_TRACEBACK.sub("", str(error))
+    message = readable(text, LONGEST - 60) or type(error).__name__
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         what = "file not found" if isinstance(error, FileNotFoundError) else error.strerror
         return readable(f"{what}: {error.filename}{_FIXES.get(type(error), '')}")
@@ -319,10 +320,12 @@ def explain(error: Exception, options: object = None) -> str:
         advice = f"lower {', '.join(lower)}" if lower else "choose a smaller model"
         return f"probably out of memory ({message}); {advice}, or use a larger device"
     if isinstance(error, OSError | ValueError | ImportError | FloatingPointError):
-        return readable(str(error)) or message
+        return readable(text) or message
     return f"{message} ({type(error).__name__}, not foreseen: {DEBUG} shows where, please report it)"
 
 
+# What torch's DataLoader puts before the message of an error in one of its workers.
+_WORKER_TRACEBACK = re.compile(r"Caught \w+ in DataLoader worker process.*\n[\w.]+: ", re.DOTALL)
 _FIXES = {
     IsADirectoryError: "; name a file", NotADirectoryError: "; name a folder", FileExistsError: "; choose another name",
     PermissionError: "; change its permissions or choose another place",

@@ -170,6 +170,11 @@ def load_exactly(model: TqdmForSemanticSegmentation, weights: dict[str, Tensor],
             for name in sorted(expected & weights.keys())
             if weights[name].shape != state[name].shape
         ],
+        "of whole numbers": [
+            f"{name} {weights[name].dtype}"
+            for name in sorted(expected & weights.keys())
+            if state[name].is_floating_point() and not weights[name].is_floating_point()
+        ],
     }
     if any(wrong.values()):
         found = "; ".join(f"{len(names)} {kind}: {', '.join(names[:8])}" for kind, names in wrong.items() if names)

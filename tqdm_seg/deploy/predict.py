@@ -30,6 +30,7 @@ from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
 from tqdm_seg.modeling_tqdm import TqdmForSemanticSegmentation
 
 from ..data.files import check_out_folder, claim_folder, read_json, replace_file, write_file
+from ..data.folders import walk
 from ..data.images import read_rgb
 from ..data.palette import legend, tint
 from ..program import takes
@@ -51,6 +52,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".web
 def find_inputs(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
     """Files by the name of their results: the path below the input folder, without suffix.
 
+    Folders are read as everywhere: links followed, what is hidden or left by systems is no image.
     Raises FileNotFoundError for what does not exist and for folders without images and videos, ValueError for two files
     whose results would have the same name.
     """
@@ -61,8 +63,7 @@ def find_inputs(inputs: Sequence[Path], out: Path) -> dict[str, Path]:
         files = [path]
         if path.is_dir():
             suffixes = IMAGE_SUFFIXES + VIDEO_SUFFIXES
-            files = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in suffixes and file.is_file()]
-            files = [file for file in files if not file.resolve().is_relative_to(out.resolve())]
+            files = [file for file in walk(path, suffixes) if not file.resolve().is_relative_to(out.resolve())]
             if not files:
                 raise FileNotFoundError(f"{path} holds no file ending in {', '.join(suffixes)}")
         for file in files:
