@@ -130,7 +130,9 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
 
 def _check_groups(path: Path, found: list[dict[str, Any]], expected: list[dict[str, Any]], trained: set[str]) -> None:
     """Raises ValueError unless state.json has the fields of the optimiser's groups, and all trained parameters."""
-    forms = [{name: value for name, value in group.items() if name != "params"} for group in expected]
+    # Not of how torch computes: a sharded model saves no value of it.
+    other = ("params", "fused", "foreach")
+    forms = [{name: value for name, value in group.items() if name not in other} for group in expected]
     wrong = "groups" if len(found) != len(forms) else ""
     for number, (group, form) in enumerate(zip(found, json.loads(json.dumps(forms)), strict=False)):
         names = [name for name in form if type(group.get(name)) is not type(form[name])]
