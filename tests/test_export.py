@@ -82,7 +82,7 @@ def test_the_onnx_file_itself_is_exact_at_any_size(made, size):
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     (scores,) = session.run(["scores"], {"pixel_values": images.numpy()})
     with torch.inference_mode():
-        torch.testing.assert_close(torch.from_numpy(scores), model.score(images), rtol=0, atol=5e-6)
+        torch.testing.assert_close(torch.from_numpy(scores), model.score(images), rtol=0, atol=3e-5)
 
 
 def test_the_torch_file_takes_any_number_of_windows(made):
