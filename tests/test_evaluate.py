@@ -571,6 +571,15 @@ def slow_ids(model: Path, frame: Frame) -> np.ndarray:
     return processor.post_process_semantic_segmentation(outputs, target_sizes=[frame.labels.shape])[0].numpy()
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_start_model_is_named(model, data, tmp_path, capsys, trained):
+    shutil.copytree(model, tmp_path / "start")
+    fields = json.loads((model / "config.json").read_text()) | {"trained": trained}
+    (tmp_path / "start" / "config.json").write_text(json.dumps(fields))
+    run(tmp_path / "start", f"roads={data}", tmp_path / "out")
+    assert capsys.readouterr().err.count("is not trained") == (not trained)
+
+
 def test_common_classes_are_matched_by_name_and_the_others_are_named(model, data, offroad, tmp_path, capsys):
     names = ["tree", "Sky", "road"]  # the model has road, traffic light, sky
     labels = np.zeros(SIZE, np.uint8)

@@ -1,5 +1,6 @@
 """`predict` writes what the model says, for every kind of input, and names what it could not read."""
 
+import errno
 import json
 import shutil
 import subprocess
@@ -224,6 +225,22 @@ def test_a_stopped_run_goes_on(folder, photo, monkeypatch, capsys):
     for options, expected in (([], ["photo", "a", "b"]), ([], []), (["--flip"], ["photo", "a", "b"])):
         done.clear()
         assert run(folder, *photos, *options)[0] == 0 and done == expected
+
+
+def test_a_full_disk_names_the_file_and_the_same_command_goes_on(folder, photo, monkeypatch, capsys):
+    whole = Image.Image.save
+
+    def full(image, *_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert run(folder, photo)[0] == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and ".png" in error and "space" in error
+    monkeypatch.setattr(Image.Image, "save", whole)
+    status, out = run(folder, photo)
+    assert status == 0 and (out / "ids" / "photo.png").is_file()
+    assert not [path for path in out.rglob("*") if ".tmp" in path.name]
 
 
 def test_more_classes_than_a_byte_holds_are_refused(photo, tmp_path, capsys):

@@ -730,6 +730,12 @@ def test_an_earlier_run_is_not_overwritten(finished, arguments):
 def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "nowhere")))
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "photos" / "a.png")
+    with pytest.raises(FileNotFoundError, match="`tqdm-seg prepare folder` makes one"):
+        call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "photos")))
+    with pytest.raises(ValueError, match="no split 'none', only train, validation.* held back"):
+        call("train", *arguments(tmp_path / "run", "--eval-split", "none"))
     with pytest.raises(FileNotFoundError, match="--model no_such_thing"):
         call("train", *arguments(tmp_path / "run", "--model", "no_such_thing"))
     for refused in ("--train-split none", "--eval-split none", "--tracker none_such", "--compile none_such"):
@@ -747,6 +753,35 @@ def test_what_cannot_be_trained_is_named_before_anything_is_written(arguments, t
         with pytest.raises(ValueError, match="nothing"):
             call("train", *arguments(tmp_path / "run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_masks_without_a_labelled_pixel_are_refused(arguments, tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        for kind, mode in (("images", "RGB"), ("masks", "L")):
+            (tmp_path / kind / split).mkdir(parents=True)
+            for i in range(count):
+                Image.new(mode, (40, 40), 255 if mode == "L" else (9, 9, 9)).save(tmp_path / kind / split / f"{i}.png")
+    (tmp_path / "classes.txt").write_text("a,0\nb,1\n")
+    paths = (tmp_path / name for name in ("images", "set", "masks"))
+    prepare("folder", *paths, "--class-file", tmp_path / "classes.txt")
+    with pytest.raises(ValueError, match="pixel"):
+        call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "set")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_that_are_trained_on_are_not_called_held_back(arguments, tmp_path, capsys):
+    more = "--steps 1 --warmup-steps 0 --overlays 0 --eval-split train"
+    call("train", *arguments(tmp_path / "run", *more.split()))
+    card = (tmp_path / "run/model/README.md").read_text()
+    assert "held back" not in card and "held-back" not in card and "trained on" in card
+    assert "held back" not in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_the_best_model_is_the_best_of_the_class_set(arguments, tmp_path):
+    more = "--steps 1 --warmup-steps 0 --eval-every-steps 1 --overlays 0 --class-set traversable"
+    call("train", *arguments(tmp_path / "run", *more.split()))
+    best = json.loads((tmp_path / "run/best/results.json").read_text())
+    assert best["miou"] == best["iou"]["traversable"] and best["miou_classes"] == 1
 
 
 def test_a_column_of_numbers_is_no_image(arguments, tmp_path):
