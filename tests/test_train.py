@@ -12,6 +12,7 @@ from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation
 from tqdm_seg.commands import start as start_command
 from tqdm_seg.configuration_tqdm import PRESETS
 from tqdm_seg.data.audit import FrameSet, NamedFrame
-from tqdm_seg.data.frames import FrameDataset, frame_loader
+from tqdm_seg.data.frames import FrameDataset, PlainRows, frame_loader
 from tqdm_seg.evaluation.evaluate import predict_frame, score_frames
 from tqdm_seg.evaluation.metrics import confusion_matrix, mean_iou
 from tqdm_seg.image_processing_tqdm import TqdmImageProcessor
@@ -767,6 +768,19 @@ def test_masks_without_a_labelled_pixel_are_refused(arguments, tmp_path):
     with pytest.raises(ValueError, match="pixel"):
         call("train", *arguments(tmp_path / "run", "--data", str(tmp_path / "set")))
     assert not (tmp_path / "run").exists()
+
+
+def test_without_an_index_the_first_frames_say_what_is_alarming(data, tmp_path):
+    held_back = PlainRows(str(data), "validation", CLASSES)
+    assert alarms(PlainRows(str(data), "train", CLASSES), held_back) == []
+    (absent,) = alarms(PlainRows(str(data), "train", (*CLASSES, "puddle")), held_back)
+    assert "without a pixel" in absent and absent.endswith(": puddle")
+    mask = np.repeat(np.array([[0, 255]], np.uint8), 8, 0)
+    files = {"image": np.stack([mask] * 3, -1), "label": mask}
+    row = {name: [{"bytes": cv2.imencode(".png", file)[1].tobytes(), "path": None}] for name, file in files.items()}
+    pq.write_table(pa.table(row), tmp_path / "train.parquet")
+    absent, masks = alarms(PlainRows(str(tmp_path), "train", CLASSES), held_back)
+    assert absent.endswith(f": {CLASSES[1]}") and f"'{CLASSES[1]},255'" in masks
 
 
 def test_frames_that_are_trained_on_are_not_called_held_back(arguments, tmp_path, capsys):

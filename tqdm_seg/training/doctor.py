@@ -23,7 +23,7 @@ from .options import TrainOptions
 from .sets import FrameSets, same_frames, shared_scenes
 
 # Rows that are looked at where there is no index.
-ROWS = 200
+ROWS, FIRST_ROWS = 200, 32
 # Bits of 64 in which the hashes of two images differ at most that count as one image, as `tqdm-seg audit` has it.
 DISTANCE = 4
 _MODES = {"1": "black and white", "L": "grey", "LA": "grey with alpha", "P": "palette", "I;16": "grey", "I": "grey"}
@@ -90,12 +90,12 @@ def survey_index(title: str, frames: FrameDataset) -> Survey:
     return found
 
 
-def survey_rows(title: str, frames: PlainRows) -> Survey:
+def survey_rows(title: str, frames: PlainRows, most: int = ROWS) -> Survey:
     """Of the first rows of a part without an index."""
     count = len(frames.classes)
     found = Survey(title, np.empty((0, count), np.int64), Counter(), FrameSet(title, []))
     pixels, named = [], []
-    for number, row in enumerate(islice(frames.rows(), ROWS)):
+    for number, row in enumerate(islice(frames.rows(), most)):
         frame = frames.frame(row, number)
         pixels.append(np.bincount(frame.labels.ravel(), minlength=256)[:count])
         found.sizes[frame.labels.shape] += 1
@@ -117,9 +117,11 @@ def survey(training: FrameSets | PlainRows, validation: FrameDataset | PlainRows
 
 
 def alarms(training: FrameSets | PlainRows, validation: FrameDataset | PlainRows) -> list[str]:
-    """What an index tells at once and every training says at its start: a sentence each; none without an index."""
+    """What an index, or without one the first frames, tell at once and every training says at its start."""
     if isinstance(training, PlainRows):
-        return []
+        first = survey_rows(f"the first {FIRST_ROWS} frames to train on", training, FIRST_ROWS)
+        absent = absent_classes(training.classes, first.class_pixels.sum(0), first.title)
+        return absent + [line for line in [mask_alarm(first, training.classes)] if line]
     found = class_alarms(training, validation)
     if same_frames(training, validation):
         found.append(SAME_FRAMES)
@@ -136,11 +138,15 @@ def class_alarms(training: FrameSets, validation: FrameDataset) -> list[str]:
     found = []
     for what, pixels in (("train", training.class_pixels), ("evaluate", [validation.index.class_pixels])):
         totals = sum(of_set.sum(0) for of_set in pixels)
-        absent = [name for name, count in zip(training.classes, totals, strict=True) if not count]
-        if absent:
-            found.append(f"classes without a pixel in the frames to {what} on: {cut(', '.join(absent), 200)}")
+        found += absent_classes(training.classes, totals, f"the frames to {what} on")
     surveyed = [survey_index(part.name or "train", part.frames) for part in training.sets]
     return found + [line for part in surveyed if (line := mask_alarm(part, training.classes))]
+
+
+def absent_classes(classes: list[str], pixels: np.ndarray, where: str) -> list[str]:
+    """A sentence on the classes that have no pixel, pixels (K); none if all have some."""
+    absent = [name for name, count in zip(classes, pixels, strict=True) if not count]
+    return [f"classes without a pixel in {where}: {cut(', '.join(absent), 200)}"] if absent else []
 
 
 def mask_alarm(part: Survey, classes: list[str]) -> str:
