@@ -46,6 +46,11 @@ def forget_folders() -> None:
         del sys.modules[name]
 
 
+def path_without_caches() -> list[str]:
+    """`sys.path` without folders of code that transformers copied from models: the first of them would be read."""
+    return [place for place in sys.path if not Path(place, "transformers_modules").is_dir()]
+
+
 class Kind(NamedTuple):
     """An image as a file's name and bytes, or as an array, and what it shows: (H, W, 3) uint8, None if refused."""
 
@@ -170,7 +175,10 @@ class Doors:
         save_model_folder(self.model, self.processor, folder)
         modules = str(folder.with_name("modules"))
         forget_folders()
-        with patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules), patch("sys.path", [*sys.path]):
+        with (
+            patch("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules),
+            patch("sys.path", path_without_caches()),
+        ):
             made = pipeline("image-segmentation", model=str(folder), trust_remote_code=True)
         forget_folders()
         return made

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from doors import path_without_caches
 from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.dynamic_module_utils import get_imports, get_relative_imports
@@ -330,7 +331,7 @@ def test_saved_settings_come_back_equal(options, tmp_path):
 def test_saved_folder_loads_through_the_auto_class_with_its_own_code(tmp_path, monkeypatch):
     monkeypatch.setattr(TqdmImageProcessor, "_auto_class", None)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path", path_without_caches())
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # of another cache
     TqdmImageProcessor.register_for_auto_class()
