@@ -1,6 +1,7 @@
 """Small random models, made once; no test reaches the network."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -62,6 +63,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def code_of_folders():
+    """What a module loads of saved folders' code, and where from, is forgotten at its end.
+
+    Python reads the first `transformers_modules` on its path, and keeps it: the next module's folders are elsewhere.
+    """
+    path = [*sys.path]
+    yield
+    sys.path[:] = path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
