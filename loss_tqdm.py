@@ -44,11 +44,8 @@ def check_labels(labels: Tensor, pixel_values: Tensor, num_classes: int, ignore_
 
     On a GPU an assertion on the device checks the ids, so that the host does not wait.
     """
-    if (
-        not isinstance(labels, Tensor)
-        or labels.dtype.is_floating_point
-        or labels.dtype in (torch.bool, torch.complex64)
-    ):
+    kind = labels.dtype if isinstance(labels, Tensor) else None
+    if kind is None or kind.is_floating_point or kind.is_complex or kind == torch.bool:
         came = f"of {labels.dtype}" if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise ValueError(f"labels are {came} and must be a tensor of class ids, of any integer type")
     labels = labels.long()

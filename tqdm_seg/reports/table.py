@@ -9,13 +9,12 @@ if __name__ == "__main__":
 
 
 import csv
-import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.files import check_out_file, write_file
+from ..data.files import check_out_file, write_json
 from ..data.scenes import clusters_text
 from ..evaluation.class_sets import members, over_text
 from ..evaluation.counts import FrameTable
@@ -283,5 +282,5 @@ def table(options: TableOptions) -> dict[str, Any]:
         found["published"] = published_rows(read_published(options.published, options.trained_on), found["sets"])
     print(forms["latex" if options.latex else "markdown"](found), end="")
     if options.json is not None:
-        write_file(options.json, (json.dumps(found, indent=1) + "\n").encode())
+        write_json(options.json, found)
     return found
